@@ -1,0 +1,85 @@
+"""What all tests share: the scripts that are there, their smallest settings, and ways to run them."""
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Per script: flags that make its demo tiny; flags and a patch that take all noise out of its training; a prediction.
+TABLE = {
+    "vae": {
+        "tiny": "--width 4 --hidden 16 --iwae_n 4 --iwae_k 10",
+        "noise_off": "--likelihood gaussian",
+        "patch": "vae.reparameterize = lambda mu, logvar: mu",
+        "predict": "sample --n 9 --save pictures",
+        "predicted": "pictures/samples.png",
+        "shape_flag": "--latent_dim 3",
+    },
+}
+NAMES = ["vae", "convnext_face", "fasterrcnn_mask", "las_asr", "transformer_mt"]
+SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
+
+
+def flags(name, more=""):
+    return f"--data demo --device cpu --compile off {TABLE[name]['tiny']} {more}".split()
+
+
+def python(*args, cwd, limit=None, **how):
+    """Runs Python in a process of its own; `limit` caps the size of any file that it writes, in KiB."""
+    command = [sys.executable, *map(str, args)]
+    if limit is not None:
+        command = ["bash", "-c", f'ulimit -f {limit}; trap "" XFSZ; exec "$@"', "bash", *command]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=300, **how)
+
+
+def torchrun(*args):
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
+
+
+def log_of(folder):
+    """The records of a run's log, without the speeds."""
+    lines = (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("/s")} for line in lines]
+
+
+def weights_of(path):
+    import torch
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capfd):
+    """call(script, "eval --n 3") runs main in this process, in an empty folder: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, arguments):
+        module = importlib.import_module(name)
+        status = 0
+        try:
+            module.main(arguments.split() if isinstance(arguments, str) else arguments)
+        except SystemExit as e:
+            status = e.code or 0
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refuses(call):
+    """Asserts that a call ends with status 2 and one `error:` line that holds all the given words; returns the line."""
+    def check(name, arguments, *words):
+        status, _, err = call(name, arguments)
+        lines = [line for line in err.splitlines() if line.startswith("error:")]
+        assert status == 2 and len(lines) == 1 and "Traceback" not in err, err
+        for word in words:
+            assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
+        return lines[0]
+    return check

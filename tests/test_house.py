@@ -1,0 +1,265 @@
+"""What all five scripts promise alike. A script joins by its name and its line in conftest.TABLE."""
+import ast
+import difflib
+import inspect
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, TABLE, flags, log_of, python, torchrun, weights_of
+
+ALLOWED = {"torch", "torchvision", "torchaudio", "numpy", "sentencepiece", "soundfile", "PIL", "matplotlib"}
+each_script = pytest.mark.parametrize("name", SCRIPTS)
+
+
+def runtime_of(name):
+    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    return re.search(r"# ---- runtime: identical.*# ---- end of runtime ----\n", text, re.S)[0]
+
+
+@each_script
+def test_runtime_is_byte_identical(name):
+    mine, first = runtime_of(name), runtime_of(SCRIPTS[0])
+    assert mine == first, "\n".join(difflib.unified_diff(first.splitlines(), mine.splitlines(), SCRIPTS[0], name))
+
+
+@each_script
+def test_imports_and_style(name):
+    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    roots = {(n.names[0].name if isinstance(n, ast.Import) else n.module).split(".")[0] for n in nodes}
+    assert roots - set(sys.stdlib_module_names) <= ALLOWED
+    declared = set(re.findall(r'"(\w+)[="]', re.search(r"# dependencies = (.*)", text)[1]))
+    needed = {"pillow" if r == "PIL" else r for r in roots - set(sys.stdlib_module_names)}
+    assert needed - {"pillow"} == declared, "the script block names what the script imports (Pillow comes with torchvision)"
+    assert max(map(len, text.splitlines())) <= 110
+
+
+@each_script
+def test_help_describes_every_field(name, call):
+    status, out, _ = call(name, "--help")
+    module = sys.modules[name]
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(module.Config), re.M))
+    fields = module.Config.__dataclass_fields__
+    assert status == 0 and len(fields) <= 30 and set(comments) == set(fields)
+    flat = " ".join(out.split())
+    for field, text in comments.items():
+        assert f"--{field}" in flat and " ".join(text.split()) in flat, field
+    for mode in module.MODES:
+        assert mode in flat
+
+
+@each_script
+def test_alone_in_an_empty_folder(name, tmp_path):
+    """The file by itself trains on its demo, resumes, evaluates and predicts."""
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    small = flags(name, "--eval_every 4 --log_every 2")
+    for arguments in (["--max_steps", "4"], ["--max_steps", "6", "--resume"]):
+        done = python(f"{name}.py", *small, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        last = done.stdout.splitlines()[-1]
+        assert re.fullmatch(r"final test (knn|bleu|cer|acc|map50) [-\d.]+.* \| [\d.]+ min \| [\d.]+ GB", last), last
+    folder = tmp_path / "out" / f"{name}-demo"
+    assert [r["step"] for r in log_of(folder) if r["split"] == "train"] == [2, 4, 6]
+    assert (folder / "curves.png").stat().st_size > 1000
+    for arguments in ("eval", TABLE[name]["predict"]):
+        done = python(f"{name}.py", *arguments.split(), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / TABLE[name]["predicted"]).exists()
+
+
+@each_script
+def test_killed_and_resumed_is_bitwise_the_same(name, tmp_path):
+    small = flags(name, "--max_steps 60 --eval_every 25 --save_every 7 --log_every 5")
+    whole = python(ROOT / f"{name}.py", *small, "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    killed = 0
+    for attempt, step in enumerate((10, 30, 48)):
+        process = subprocess.Popen([sys.executable, ROOT / f"{name}.py", *small, "--out", "cut", "--resume"], cwd=tmp_path,
+                                   stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:  # killed as soon as it has come past the step
+            if (found := re.match(r"train +(\d+) ", line)) and int(found[1]) >= step:
+                time.sleep(0.002 * attempt)
+                process.kill()
+                killed += 1
+                break
+        process.wait()
+    assert killed == 3 and process.returncode == -signal.SIGKILL
+    done = python(ROOT / f"{name}.py", *small, "--out", "cut", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    for file in ("last.pt", "best.pt"):
+        a, b = weights_of(tmp_path / "whole" / file), weights_of(tmp_path / "cut" / file)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), file
+        assert not any(k.startswith(("_orig_mod", "module")) for k in a)
+
+
+@each_script
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_continue(name, number, tmp_path):
+    small = flags(name, "--eval_every 10000 --save_every 10000 --log_every 1")
+    process = subprocess.Popen([sys.executable, ROOT / f"{name}.py", *small], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith("train"):
+            process.send_signal(number)
+            break
+    out, err = process.communicate()
+    assert process.returncode == 0 and "--resume" in out, err
+    command = re.search(rf"python {name}\.py (.*--resume)", out)[1]
+    step = torch.load(tmp_path / "out" / f"{name}-demo" / "last.pt", weights_only=True)["step"]
+    done = python(ROOT / f"{name}.py", *command.split(), "--max_steps", step + 2, cwd=tmp_path)
+    assert done.returncode == 0 and "final test" in done.stdout, done.stderr
+
+
+def driver(name, folder):
+    """A program that trains without noise, so that one process and two can be compared."""
+    path = folder / "driver.py"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {name}\n{TABLE[name]['patch']}\n"
+                    f"{name}.main(sys.argv[1:])\n")
+    return path
+
+
+@each_script
+def test_two_processes_equal_one(name, tmp_path):
+    """10 steps on 1 and on 2 gloo ranks give the same weights; two workers killed on the way change nothing."""
+    program = driver(name, tmp_path)
+    quiet = flags(name, f"{TABLE[name]['noise_off']} --dtype float32 --max_steps 10 --eval_every 5 --save_every 2 --log_every 1")
+    done = python(program, *quiet, "--out", "one", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = python(*torchrun(program), *quiet, "--out", "two", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("final test") == 1, done.stderr
+    one, two = (weights_of(tmp_path / run / "last.pt") for run in ("one", "two"))
+    assert max((one[k].float() - two[k].float()).abs().max().item() for k in one) < 1e-5
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        if a["split"] != "test":  # the same losses, and the same validation figures
+            assert a.keys() == b.keys() and a["split"] == b["split"]
+            for key in set(a) - {"split"}:
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), (key, a, b)
+
+    dies = tmp_path / "dies.py"  # rank 1 is killed at its first start after 5 steps
+    dies.write_text(program.read_text().replace(f"{name}.main(", f"""
+import os, pathlib, signal
+plain = {name}.Run.step_done
+def step_done(run, *args):
+    if run.step == 5 and {name}.RANK == 1 and not pathlib.Path("killed").exists():
+        pathlib.Path("killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(run, *args)
+{name}.Run.step_done = step_done
+{name}.main("""))
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2", dies, *quiet,
+                  "--out", "three", "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
+    three = weights_of(tmp_path / "three" / "last.pt")
+    assert all(torch.equal(two[k], three[k]) for k in two)
+
+
+@each_script
+def test_evaluation_is_the_same_on_two_processes(name, tmp_path):
+    done = python(ROOT / f"{name}.py", *flags(name, "--max_steps 6 --eval_every 6"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one = python(ROOT / f"{name}.py", "eval", "--device", "cpu", "--save", "one", cwd=tmp_path)
+    two = python(*torchrun(ROOT / f"{name}.py"), "eval", "--device", "cpu", "--save", "two", cwd=tmp_path)
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert one.stdout.replace("one/", "two/") == two.stdout
+
+
+@each_script
+def test_a_full_disk_loses_nothing(name, tmp_path):
+    small = flags(name, "--eval_every 2 --log_every 1")
+    done = python(ROOT / f"{name}.py", *small, "--max_steps", "4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / f"{name}-demo"
+    before = {f: (folder / f).read_bytes() for f in ("last.pt", "best.pt")}
+    done = python(ROOT / f"{name}.py", *small, "--max_steps", "8", "--resume", cwd=tmp_path,
+                  limit=min(map(len, before.values())) // 2048)
+    assert done.returncode == 2 and done.stderr.startswith("error:") and "Traceback" not in done.stderr, done.stderr
+    assert "cannot save" in done.stderr and before == {f: (folder / f).read_bytes() for f in before}
+    assert not list(folder.glob("*.part"))
+    done = python(ROOT / f"{name}.py", *small, "--max_steps", "8", "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and torch.load(folder / "last.pt", weights_only=True)["step"] == 8, done.stderr
+
+
+@each_script
+def test_bad_input_is_one_line(name, tmp_path, refuses, call):
+    small = " ".join(flags(name, "--max_steps 1"))
+    (tmp_path / "file").write_text("not a checkpoint")
+    torch.save({"script": "other", "model": {}}, tmp_path / "other.pt")
+    refuses(name, "--epoch 3", "--epoch")  # no abbreviations
+    refuses(name, "--lr much", "--lr")
+    refuses(name, "--lr nan", "--lr")
+    refuses(name, "--batch_size 0", "--batch_size")
+    refuses(name, "--batch-size -3", "--batch_size")
+    refuses(name, "--device tpu", "tpu")
+    refuses(name, "dance", "dance", "train")
+    refuses(name, "bench extra", "extra")
+    refuses(name, "--data no/such/place", "no/such/place")
+    refuses(name, "eval", "best.pt", "train first")
+    refuses(name, "eval --ckpt file", "file", "not a readable checkpoint")
+    refuses(name, "eval --ckpt other.pt", "other.pt", "other.py")
+    refuses(name, f"{small} --init other.pt", "other.pt")
+    refuses(name, f"{small} --out file/run", "file")
+    if not torch.cuda.is_available():
+        refuses(name, f"{small} --device cuda", "cuda")
+    assert call(name, f"{small} --out run")[0] == 0
+    refuses(name, f"{small} --out run --resume {TABLE[name]['shape_flag']}", *TABLE[name]["shape_flag"].split())
+    refuses(name, f"{small} --out run --resume --lr 0.5", "--lr", "start anew")
+    refuses(name, f"eval --ckpt run/best.pt {TABLE[name]['shape_flag']}", TABLE[name]["shape_flag"].split()[0])
+    data = (tmp_path / "run" / "last.pt").read_bytes()
+    (tmp_path / "run" / "last.pt").write_bytes(data[: len(data) // 2])
+    refuses(name, f"{small} --out run --resume", "last.pt", "not a readable checkpoint")
+
+
+@each_script
+def test_runs_never_share_a_folder(name, tmp_path, call):
+    small = " ".join(flags(name, "--max_steps 1"))
+    assert call(name, small)[0] == 0
+    before = (tmp_path / "out" / f"{name}-demo" / "last.pt").read_bytes()
+    status, out, _ = call(name, small)
+    assert status == 0 and f"out/{name}-demo-2" in out
+    assert (tmp_path / "out" / f"{name}-demo" / "last.pt").read_bytes() == before
+    status, out, _ = call(name, small.replace("--max_steps 1", "--max_steps 2") + " --resume")  # the newest of them
+    assert status == 0 and f"out/{name}-demo-2 continued" in out
+
+
+@each_script
+def test_init_starts_from_the_weights_given(name, tmp_path, call):
+    small = " ".join(flags(name))
+    assert call(name, f"{small} --max_steps 3 --out first")[0] == 0
+    assert call(name, f"{small} --max_steps 1 --out second --init first/best.pt --lr 0")[0] == 0
+    first, second = weights_of(tmp_path / "first" / "best.pt"), weights_of(tmp_path / "second" / "last.pt")
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    status, out, _ = call(name, f"{small} --max_steps 1 --out third --init first/best.pt {TABLE[name]['shape_flag']}")
+    assert status == 0 and "not taken from" in out
+
+
+@each_script
+def test_a_loss_that_is_not_finite_ends_the_run(name, tmp_path, refuses, monkeypatch):
+    module = __import__(name)
+    plain = module.Run.step_done
+
+    def poisoned(run, losses, *args):
+        if run.step == 4:
+            losses = {k: v * float("nan") for k, v in losses.items()}
+        return plain(run, losses, *args)
+    monkeypatch.setattr(module.Run, "step_done", poisoned)
+    refuses(name, " ".join(flags(name, "--max_steps 9 --save_every 3 --log_every 100 --out run")), "step 5", "nan")
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 3
+
+
+@each_script
+def test_bench_prints_one_json_line(name, tmp_path, call):
+    import json
+    if os.environ.get("CI") and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    status, out, _ = call(name, f"bench {' '.join(flags(name))}")
+    figures = json.loads(out.splitlines()[-1])
+    assert status == 0 and figures["eager"]["items/s"] > 0 and 0 <= figures["compiled"]["data_share"] <= 1
+    assert not list(tmp_path.glob("out/*"))
