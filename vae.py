@@ -303,8 +303,8 @@ def iwae_bound(model, x, k, chunk=1000):
 
 
 def knn_accuracy(train_z, train_y, test_z, test_y, k=10):
-    """Share (0-1) of test points whose class is the commonest of their k nearest training points (the lowest, in
-    a tie): codes (N, D) with labels (N,), codes (M, D) with labels (M,)."""
+    """Share (0-1) of test points of the class that is commonest (of equals, lowest) among their k nearest training
+    points: codes (N, D) with labels (N,), codes (M, D) with labels (M,)."""
     votes, hits = F.one_hot(train_y), 0
     for z, y in zip(test_z.split(1000), test_y.split(1000)):
         nearest = torch.cdist(z, train_z).topk(min(k, len(train_z)), largest=False).indices  # (1000, k)
@@ -558,7 +558,7 @@ def parse_args(argv):
             refuse(f"--{name} {value}: must be finite, and at least {least}")
     if mode not in MODES:
         refuse(f"{mode!r} is none of the modes {', '.join(MODES)}")
-    takes = re.match(r"([[A-Z .\]]+): ", MODES[mode])  # "FOLDER: ..." must have inputs, "[TEXT]: ..." may
+    takes = re.match(r"([A-Z .[\]]+): ", MODES[mode])  # "FOLDER: ..." must have inputs, "[TEXT]: ..." may
     if bool(inputs) > bool(takes) or (takes and takes[1][0] != "[" and not inputs):
         refuse(f"{mode} works on {takes[1] if takes else 'no input'}, not {' '.join(inputs) or 'nothing'}")
     return mode, inputs, flags
