@@ -303,8 +303,8 @@ def iwae_bound(model, x, k, chunk=1000):
 
 
 def knn_accuracy(train_z, train_y, test_z, test_y, k=10):
-    """Share (0-1) of test points of the class that is commonest (of equals, lowest) among their k nearest training
-    points: codes (N, D) with labels (N,), codes (M, D) with labels (M,)."""
+    """Share (0-1) of test points whose class is the commonest (of equals: the lowest) among their k nearest
+    training points: codes (N, D) with labels (N,), codes (M, D) with labels (M,)."""
     votes, hits = F.one_hot(train_y), 0
     for z, y in zip(test_z.split(1000), test_y.split(1000)):
         nearest = torch.cdist(z, train_z).topk(min(k, len(train_z)), largest=False).indices  # (1000, k)
@@ -573,8 +573,11 @@ def pick_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
         torch.set_float32_matmul_precision("high")  # TF32
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if WORLD > 1:  # workers that torchrun restarts must not find the addresses of those before in its store
+        store, env = next(dist.rendezvous("env://"))[0], os.environ.get
+        attempt = env("TORCHELASTIC_RESTART_COUNT", "") if env("LOCAL_WORLD_SIZE") == str(WORLD) else ""
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD,
+                                store=dist.PrefixStore(attempt, store))
     return device
 
 
