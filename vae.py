@@ -362,26 +362,24 @@ def evaluate(model, cfg, x, device):
     `gaussian` adds a known formula: 0.7 sum(sigma^2 + mu^2 - log sigma - 0.5) + 0.3 squared error. The sum
     is KL(q || N(0, I/2)) + D/2 log 2: `formula` takes a model trained on KL(q || N(0, I)) with its latents
     divided by sqrt(2), the same model in other units; `formula_raw` takes them as they are."""
-    table = torch.zeros(len(x), 3, dtype=torch.float64, device=device)
-    moments = torch.zeros(3, cfg.latent_dim, dtype=torch.float64, device=device)
+    table = torch.zeros(len(x), 2 + 2 * cfg.latent_dim, device=device)
     for start in range(500 * RANK, len(x), 500 * WORLD):
         torch.manual_seed(seed_for("evaluate", start))
         logits, mu, logvar = model(batch := x[start : start + 500].to(device))
-        sigma, each_kl = (0.5 * logvar).exp(), 0.5 * (logvar.exp() + mu**2 - 1 - logvar)
-        raw = (sigma**2 + mu**2 - sigma.log() - 0.5).sum(1)
         error = reconstruction_error(cfg.likelihood, logits, batch)
-        table[start : start + 500] = torch.stack([error, each_kl.sum(1), raw], 1)
-        moments += torch.stack([mu, mu**2, each_kl]).double().sum(1)
-    table, (mean, square, each_kl) = all_sum(table).cpu(), (all_sum(moments) / len(x)).cpu()
-    error, kl, raw = table.mean(0).tolist()
-    active = (square - mean**2 > 0.01).sum().item()  # Burda et al., section 5
+        raw = (logvar.exp() + mu**2 - 0.5 * logvar - 0.5).sum(1)
+        kl = 0.5 * (logvar.exp() + mu**2 - 1 - logvar)  # of each dimension
+        table[start : start + 500] = torch.cat([error[:, None], raw[:, None], kl, mu], 1)
+    error, raw, kl, mu = all_sum(table).cpu().double().split([1, 1, cfg.latent_dim, cfg.latent_dim], 1)
+    active = (mu.var(0) > 0.01).sum().item()  # Burda et al., section 5
     if active == 0:
         say("warning: posterior collapse, z carries nothing: lower --kl_weight or --lr, or raise --warmup")
-    figures = {"elbo": -error - kl, "reconstruction": error} if cfg.likelihood == "bernoulli" else {
-        "loss": error + cfg.kl_weight * kl, "squared_error": error, "formula_raw": 0.7 * raw + 0.3 * error,
-        "formula": 0.7 * (kl + 0.5 * cfg.latent_dim * math.log(2)) + 0.3 * error}
-    figures |= {"kl": kl, "active": active, "kl_dims": [round(v, 4) for v in each_kl.tolist()]}
-    return figures, table[:, :2]
+    rows = torch.cat([error, kl.sum(1, keepdim=True)], 1)
+    (error, kl_sum), raw = rows.mean(0).tolist(), raw.mean().item()
+    figures = {"elbo": -error - kl_sum, "reconstruction": error} if cfg.likelihood == "bernoulli" else {
+        "loss": error + cfg.kl_weight * kl_sum, "squared_error": error, "formula_raw": 0.7 * raw + 0.3 * error,
+        "formula": 0.7 * (kl_sum + 0.5 * cfg.latent_dim * math.log(2)) + 0.3 * error}
+    return figures | {"kl": kl_sum, "active": active, "kl_dims": [round(v, 4) for v in kl.mean(0).tolist()]}, rows
 
 
 @torch.no_grad()
@@ -389,12 +387,12 @@ def tighten(model, cfg, x, device):
     """How far the IWAE bound is above the ELBO: the mean over iwae_n images of x and its standard error. The
     gap varies little between images, the bound by 90 nats: the first 1,000 are 2.6 nats easier than all."""
     few = x[:: math.ceil(len(x) / cfg.iwae_n)]
-    gaps = torch.zeros(len(few), dtype=torch.float64, device=device)
+    gaps = torch.zeros(len(few), device=device)
     for i in range(RANK, len(few), WORLD):
         torch.manual_seed(seed_for("tighten", i))
         one = few[i : i + 1].to(device)
         gaps[i] = iwae_bound(model, one, cfg.iwae_k) - elbo(model, one.expand(500, -1, -1, -1)).mean()
-    gaps = all_sum(gaps)
+    gaps = all_sum(gaps).cpu().double()
     return {"gap": gaps.mean().item(), "gap_se": (gaps.std() / len(gaps) ** 0.5).item(), "iwae_n": len(gaps)}
 
 
