@@ -64,7 +64,7 @@ class Config:
     compile: str = "auto"  # auto|on|off torch.compile; auto: on for CUDA on Linux
     seed: int = 0  # of weights, order and noise
     batch_size: int = 64  # images per step, over all processes
-    lr: float = 4e-3  # peak learning rate
+    lr: float = 3e-3  # peak learning rate
     max_steps: int = 0  # end the run after this many steps; 0: after the whole schedule
     max_minutes: float = 0.0  # save and stop after this time; 0: never
     eval_every: int = 1000  # steps between validations
@@ -867,6 +867,7 @@ def main(argv=None):
         loss = error + cfg.kl_weight * min(1, step / max(1, cfg.warmup)) * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        nn.utils.clip_grad_norm_(raw.parameters(), 100)  # the usual norm is 100 to 200, one bad batch's 1e9
         optimizer.step()
         return {"loss": loss, "error": error, "kl": kl}
 

@@ -21,6 +21,15 @@ TABLE = {
         "predict": "sample --n 9 --save pictures",
         "predicted": "pictures/samples.png",
         "shape_flag": "--latent_dim 3",
+        "init_flag": "--latent_dim 3",
+    },
+    "transformer_mt": {
+        "tiny": "--vocab_size 120 --batch_size 400 --beam_size 2 --max_len 20",
+        "noise_off": "--dropout 0",
+        "patch": "pass",
+        "predict": "translate --save pictures Hello",
+        "predicted": "pictures/attention.png",
+        "shape_flag": "--size base",
     },
 }
 NAMES = ["vae", "convnext_face", "fasterrcnn_mask", "las_asr", "transformer_mt"]

@@ -236,8 +236,9 @@ def test_init_starts_from_the_weights_given(name, tmp_path, call):
     assert call(name, f"{small} --max_steps 1 --out second --init first/best.pt --lr 0")[0] == 0
     first, second = weights_of(tmp_path / "first" / "best.pt"), weights_of(tmp_path / "second" / "last.pt")
     assert all(torch.equal(first[k], second[k]) for k in first)
-    status, out, _ = call(name, f"{small} --max_steps 1 --out third --init first/best.pt {TABLE[name]['shape_flag']}")
-    assert status == 0 and "not taken from" in out
+    if "init_flag" in TABLE[name]:  # heads of another size are replaced
+        status, out, _ = call(name, f"{small} --max_steps 1 --out third --init first/best.pt {TABLE[name]['init_flag']}")
+        assert status == 0 and "not taken from" in out
 
 
 @each_script

@@ -1,0 +1,1105 @@
+"""The Transformer from scratch: it learns to translate, and scores itself as sacrebleu does.
+
+    python transformer_mt.py --data demo                     # a generated grammar: no download, no GPU
+    python transformer_mt.py --data multi30k                 # English to German; 2 MB downloaded on first use
+    python transformer_mt.py --data multi30k-tok             # the literature's lower-cased, tokenised form
+    python transformer_mt.py --train_src a.en --train_tgt a.de    # yours: two line-aligned files
+    torchrun --nproc_per_node=8 transformer_mt.py --data multi30k
+    python transformer_mt.py --data multi30k --resume        # goes on where a run was stopped, bit for bit
+
+    python transformer_mt.py eval                            # of the newest out/transformer_mt-*/best.pt
+    python transformer_mt.py translate "A man rides a bike."
+    python transformer_mt.py translate < english.txt > german.txt    # one line out per line in
+
+RESULTS_GO_HERE
+
+Paper: Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762. BLEU: Papineni et al., 2002, as in
+Post, "A Call for Clarity in Reporting BLEU Scores", 2018; chrF: Popovic, 2015. Data: Elliott et al.,
+"Multi30K", 2016, arXiv 1605.00459. Small models for it: Wu et al., "Good for Misconceived Reasons", 2021,
+arXiv 2105.14462.
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.11.0", "numpy", "sentencepiece", "matplotlib"]
+# ///
+import argparse
+import contextlib
+import dataclasses
+import functools
+import gzip
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import re
+import resource
+import signal
+import statistics
+import sys
+import time
+import urllib.request
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Config:
+    # the same in all five scripts
+    data: str = "auto"  # demo, multi30k or multi30k-tok; auto: the first that is there
+    out: str = ""  # the run's folder; empty: out/SCRIPT-DATA
+    save: str = ""  # where predictions go; empty: beside the checkpoint
+    ckpt: str = ""  # checkpoint for every mode but train; empty: the newest best.pt of this script
+    init: str = ""  # checkpoint whose weights a new run starts from
+    resume: bool = False  # continue the run's folder from its last.pt, if there is one
+    device: str = "auto"  # auto|cpu|cuda|mps where to run
+    dtype: str = "auto"  # auto|float32|bfloat16 autocast in training; metrics are always float32
+    compile: str = "auto"  # auto|on|off torch.compile; auto: on for CUDA on Linux
+    seed: int = 0  # of weights, order and noise
+    batch_size: int = 4000  # target tokens per step, padding included, over all processes
+    lr: float = 3e-3  # peak learning rate
+    max_steps: int = 0  # end the run after this many steps; 0: after the whole schedule
+    max_minutes: float = 0.0  # save and stop after this time; 0: never
+    eval_every: int = 500  # steps between validations
+    save_every: int = 500  # steps between saves, besides those at validations
+    log_every: int = 50  # steps between log lines
+    # the task
+    train_src: str = ""  # text file to translate from, one sentence a line; the last ones validate and test
+    train_tgt: str = ""  # its translation, line by line
+    size: str = "tiny"  # tiny|base 4 layers of 128, 4 heads, FFN 256; or the paper's 6 of 512, 8, 2048
+    vocab_size: int = 4000  # of the joint byte-pair encoding; less if the text holds less
+    max_len: int = 100  # tokens of the longest sentence; longer ones are cut, with a warning
+    epochs: int = 40  # length of the training
+    warmup: int = 1000  # steps in which the learning rate rises
+    dropout: float = 0.3  # on embeddings and on what each sublayer adds
+    label_smoothing: float = 0.1  # probability shared out over the vocabulary
+    ema: float = 0.998  # decay of the weights' moving average, which is what is tested
+    beam_size: int = 5  # hypotheses kept in beam search
+    length_penalty: float = 1.0  # alpha of Wu et al., 2016, equation 14
+
+
+SIZES = {"tiny": (128, 4, 4, 256), "base": (512, 8, 6, 2048)}  # d_model, heads, layers, d_ff
+PRESETS = {"demo": {"vocab_size": 300, "epochs": 7, "batch_size": 2500, "warmup": 200, "dropout": 0.1,
+                    "eval_every": 200, "ema": 0.99}}
+MODES = {"train": "(default) train and test", "eval": "test a checkpoint, hypotheses as text",
+         "translate": "[TEXT]: each sentence given, or each line of the standard input",
+         "bench": "time the training step"}
+SHAPE = {"size", "vocab_size"}  # what a checkpoint alone decides
+CPU_BF16 = False
+PAD, BOS, EOS, UNK = 0, 1, 2, 3
+
+
+# MODEL ------------------------------------------------------------------------------------------------------
+def attention_weights(q, k, mask=None):
+    """softmax(q k^T / sqrt(d_k)), which the fused kernel keeps to itself: (..., T, d_k), (..., S, d_k) and
+    True where may be looked at -> (..., T, S) (equation 1)."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention (section 3.2.2), without biases as there. One matrix holds the projections to
+    queries, keys and values, so self-attention multiplies once; the layout is nn.MultiheadAttention's."""
+
+    def __init__(self, d_model, n_heads):
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        nn.init.xavier_uniform_(self.qkv.weight)
+
+    def project(self, x, memory=None):
+        """(B, T, D), and (B, S, D) unless it attends to itself -> q (B, H, T, D/H), k, v (B, H, S, D/H)."""
+        if memory is None:
+            parts = self.qkv(x).chunk(3, -1)
+        else:
+            parts = F.linear(x, self.part("q")), *F.linear(memory, self.part("kv")).chunk(2, -1)
+        return [p.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for p in parts]
+
+    def part(self, which):
+        d = self.out.in_features
+        return self.qkv.weight[:d] if which == "q" else self.qkv.weight[d:]
+
+    def join(self, heads):
+        return self.out(heads.transpose(1, 2).flatten(2))  # (B, H, T, D/H) -> (B, T, D)
+
+    def forward(self, x, memory=None, mask=None, causal=False):
+        q, k, v = self.project(x, memory)
+        return self.join(F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal))
+
+    def weights(self, x, memory=None, mask=None, causal=False):
+        q, k, _ = self.project(x, memory)
+        return attention_weights(q, k, mask)
+
+
+class Layer(nn.Module):
+    """An encoder layer, or with `decoder` one of the decoder, which also attends to the encoder's output.
+
+    Normalised before each sublayer, not after as in the paper: x + f(norm(x)) trains with this learning
+    rate, where the paper's form needs a lower one and a longer warm-up.
+    """
+
+    def __init__(self, d_model, n_heads, d_ff, dropout, decoder):
+        super().__init__()
+        self.attend, self.norm = Attention(d_model, n_heads), nn.LayerNorm(d_model)
+        self.cross = Attention(d_model, n_heads) if decoder else None
+        self.cross_norm = nn.LayerNorm(d_model) if decoder else None
+        self.ff = nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, d_ff), nn.ReLU(),
+                                nn.Linear(d_ff, d_model))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, mask=None, memory=None):
+        """(B, T, D) -> (B, T, D). `mask` (B, 1, 1, S) is True at real source tokens. With `memory` (B, S, D),
+        each position sees itself and those before it, and all of the memory that the mask allows."""
+        own = {"mask": mask} if memory is None else {"causal": True}
+        x = x + self.dropout(self.attend(self.norm(x), **own))
+        if memory is not None:
+            x = x + self.dropout(self.cross(self.cross_norm(x), memory, mask))
+        return x + self.dropout(self.ff(x))
+
+    def step(self, x, t, past, memory, mask):
+        """One more position of the decoder, number t: (N, 1, D) -> (N, 1, D). `past` holds the keys and
+        values of the positions before, (2, N, H, L, D/H), and is written to; `memory`, (2, B, H, S, D/H),
+        those of the source. N may be a multiple of B: a sentence's beams then are queries to one memory."""
+        q, *new = self.attend.project(self.norm(x))
+        past[:, :, :, t : t + 1] = torch.stack(new)
+        x = x + self.attend.join(F.scaled_dot_product_attention(q, *past[:, :, :, : t + 1]))
+        q = F.linear(self.cross_norm(x), self.cross.part("q"))  # (N, 1, D)
+        q = q.view(len(mask), -1, self.cross.n_heads, q.shape[-1] // self.cross.n_heads).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, *memory, mask)  # (B, H, N/B, D/H)
+        x = x + self.cross.out(y.transpose(1, 2).reshape(x.shape))
+        return x + self.ff(x)
+
+
+class Transformer(nn.Module):
+    """Encoder and decoder of "Attention Is All You Need", one embedding for source, target and output.
+
+    Tokens are ids (B, S) and (B, T), filled up at the end with `pad_id`; logits are (B, T, vocab_size).
+    """
+
+    def __init__(self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=256, dropout=0.3, pad_id=PAD):
+        super().__init__()
+        self.pad_id, self.d_model, self.n_heads = pad_id, d_model, n_heads
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
+        self.encoder, self.decoder = (nn.ModuleList(Layer(d_model, n_heads, d_ff, dropout, decoder)
+                                                    for _ in range(n_layers)) for decoder in (False, True))
+        self.encoder_norm, self.decoder_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("positions", sinusoids(1024, d_model), persistent=False)
+
+    def embed(self, tokens, start=0):
+        """(B, T) ids of positions start, start + 1, ... -> (B, T, D) (sections 3.4 and 3.5)."""
+        places = self.positions[start : start + tokens.shape[1]]
+        return self.dropout(self.embedding(tokens) * math.sqrt(self.d_model) + places)
+
+    def encode(self, src):
+        """(B, S) ids -> memory (B, S, D), mask (B, 1, 1, S) that is True at real tokens."""
+        mask = (src != self.pad_id)[:, None, None]
+        x = self.embed(src)
+        for layer in self.encoder:
+            x = layer(x, mask)
+        return self.encoder_norm(x), mask
+
+    def forward(self, src, tgt_in):
+        """(B, S) ids, (B, T) ids that begin with BOS -> logits (B, T, V) of each next token."""
+        memory, mask = self.encode(src)
+        x = self.embed(tgt_in)
+        for layer in self.decoder:
+            x = layer(x, mask, memory)
+        return F.linear(self.decoder_norm(x), self.embedding.weight)
+
+    def start(self, src, beams, length):
+        """What `step` keeps between positions, for `beams` hypotheses a sentence of up to `length` tokens."""
+        memory, mask = self.encode(src)
+        size = 2, len(src) * beams, self.n_heads, length, self.d_model // self.n_heads
+        return {"mask": mask, "past": [memory.new_empty(size) for _ in self.decoder],
+                "memory": [torch.stack(layer.cross.project(memory, memory)[1:]) for layer in self.decoder]}
+
+    def step(self, tokens, t, state):
+        """The ids (N,) at position t -> log-probabilities (N, V) of the token after them. What only training
+        meets, PAD, BOS and UNK, has none."""
+        x = self.embed(tokens[:, None], t)
+        for layer, past, memory in zip(self.decoder, state["past"], state["memory"]):
+            x = layer.step(x, t, past, memory, state["mask"])
+        logits = F.linear(self.decoder_norm(x[:, 0]), self.embedding.weight).float()
+        logits[:, [PAD, BOS, UNK]] = -math.inf
+        return logits.log_softmax(-1)
+
+
+def sinusoids(length, d_model):
+    """Positions (length, d_model): sines in even columns, cosines in odd ones (section 3.5)."""
+    angle = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, d_model, 2) / d_model)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+
+
+@torch.no_grad()
+def greedy_decode(model, src, max_len=100):
+    """The likeliest token each time: ids (B, S) -> B lists of fewer than max_len ids, without BOS and EOS."""
+    state, tokens, out = model.start(src, 1, max_len), torch.full_like(src[:, 0], BOS), []
+    ended = tokens == EOS
+    for t in range(max_len - 1):
+        tokens = model.step(tokens, t, state).argmax(-1).masked_fill(ended, PAD)
+        ended |= tokens == EOS
+        out.append(tokens)
+        if ended.all():
+            break
+    return [[i for i in row if i not in (PAD, EOS)] for row in torch.stack(out, 1).tolist()]
+
+
+@torch.no_grad()
+def beam_search(model, src, beam_size=5, length_penalty=1.0, max_len=100):
+    """The best of beam_size hypotheses by log p / ((5 + length) / 6)^length_penalty (Wu et al., 2016,
+    equation 14): ids (B, S) -> B lists of fewer than max_len ids, without BOS and EOS. A sentence is done
+    when beam_size of its hypotheses have ended; one beam is greedy decoding."""
+    b, k, device = len(src), beam_size, src.device
+    state, tokens = model.start(src, k, max_len), torch.full((b * k,), BOS, device=device)
+    scores = torch.full((b, k), -math.inf, device=device).index_fill(1, torch.tensor(0, device=device), 0.0)
+    alive = torch.full((b, k, max_len), PAD, device=device)
+    done, done_scores = alive.clone(), torch.full((b, k), -math.inf, device=device)
+    first = torch.arange(b, device=device)[:, None] * k  # row of each sentence's first beam
+    count = torch.zeros(b, device=device, dtype=torch.long)
+    for t in range(max_len):
+        log_p = model.step(tokens, t, state).unflatten(0, (b, k)) + scores[:, :, None]  # (B, K, V)
+        if t == max_len - 1:
+            log_p[:, :, torch.arange(log_p.shape[2], device=device) != EOS] = -math.inf
+        best, place = log_p.flatten(1).topk(2 * k)  # 2 K, so that K go on even if K end
+        origin, token = place // log_p.shape[2], place % log_p.shape[2]
+        rows = alive.gather(1, origin[:, :, None].expand(-1, -1, max_len))
+        rows[:, :, t] = token
+        ended = token == EOS
+        counts = ended[:, :k] & (count < k)[:, None]  # only an end among the best K counts
+        final = (best[:, :k] / ((6 + t) / 6) ** length_penalty).masked_fill(~counts, -math.inf)
+        done_scores, which = torch.cat([done_scores, final], 1).topk(k)
+        done = torch.cat([done, rows[:, :k]], 1).gather(1, which[:, :, None].expand(-1, -1, max_len))
+        if ((count := count + counts.sum(1)) >= k).all():
+            break
+        scores, which = best.masked_fill(ended, -math.inf).topk(k)
+        alive = rows.gather(1, which[:, :, None].expand(-1, -1, max_len))
+        tokens, moved = token.gather(1, which).flatten(), (first + origin.gather(1, which)).flatten()
+        for past in state["past"]:
+            past[:, :, :, : t + 1] = past[:, moved, :, : t + 1]
+    return [[i for i in row if i not in (PAD, EOS)] for row in done[:, 0].tolist()]
+
+
+# DATA -------------------------------------------------------------------------------------------------------
+AUTO = {"multi30k": "raw/train.en.gz"}  # what --data auto looks for in data/NAME
+REAL = "--data multi30k downloads the real set"
+URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1"
+DIGESTS = {  # SHA-256 of the published files
+    "train.en.gz": "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
+    "train.de.gz": "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
+    "val.en.gz": "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
+    "val.de.gz": "f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
+    "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
+    "test_2016_flickr.de.gz": "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
+}
+
+
+def noun_phrase(rng, nouns, case):
+    """(English, German): article, perhaps an adjective, and a noun, inflected for gender and case."""
+    english, german, gender = nouns[rng.integers(len(nouns))]
+    definite, column = rng.random() < 0.5, "mfn".index(gender)
+    article = {"nom": ("der die das", "ein eine ein"), "acc": ("den die das", "einen eine ein"),
+               "dat": ("dem der dem", "einem einer einem")}[case][not definite].split()[column]
+    words = ["the" if definite else "a"], [article]
+    if rng.random() < 0.6:
+        weak = {"nom": "e e e", "acc": "en e e", "dat": "en en en"}[case].split()[column]
+        strong = {"nom": "er e es", "acc": "en e es", "dat": "en en en"}[case].split()[column]
+        adjective = ADJECTIVES[rng.integers(len(ADJECTIVES))].split()
+        words[0].append(adjective[0]), words[1].append(adjective[1] + (weak if definite else strong))
+    words[0].append(english), words[1].append(german)
+    if words[0][0] == "a" and words[0][1][0] in "aeiou":
+        words[0][0] = "an"
+    return " ".join(words[0]), " ".join(words[1])
+
+
+ADJECTIVES = ["old alt", "young jung", "small klein", "big groß", "friendly freundlich", "red rot",
+              "new neu", "white weiß", "beautiful schön", "tired müde", "quiet still", "strange seltsam"]
+BEINGS = [w.split() for w in (
+    "man Mann m|woman Frau f|child Kind n|dog Hund m|cat Katze f|horse Pferd n|girl Mädchen n|"
+    "teacher Lehrer m|aunt Tante f|uncle Onkel m|queen Königin f|bird Vogel m").split("|")]
+THINGS = [w.split() for w in (
+    "ball Ball m|book Buch n|lamp Lampe f|apple Apfel m|picture Bild n|flower Blume f|chair Stuhl m|"
+    "bicycle Fahrrad n|guitar Gitarre f|letter Brief m").split("|")]
+PLACES = [w.split() for w in (
+    "garden Garten m|kitchen Küche f|house Haus n|park Park m|school Schule f|forest Wald m|city Stadt f|"
+    "room Zimmer n").split("|")]
+VERBS = [w.split() for w in (
+    "sees see seen sieht sehen gesehen|buys buy bought kauft kaufen gekauft|"
+    "holds hold held hält halten gehalten|finds find found findet finden gefunden|"
+    "draws draw drawn zeichnet zeichnen gezeichnet|"
+    "carries carry carried trägt tragen getragen|paints paint painted malt malen gemalt|"
+    "hides hide hidden versteckt verstecken versteckt|loves love loved liebt lieben geliebt").split("|")]
+PREPOSITIONS = [("in", "in"), ("behind", "hinter"), ("in front of", "vor"), ("next to", "neben")]
+TIMES = [("today", "heute"), ("now", "jetzt"), ("in the evening", "am Abend"), ("on Sunday", "am Sonntag")]
+MODALS = [("can", "kann"), ("must", "muss"), ("should", "soll")]
+
+
+def demo_pair(rng):
+    """An English sentence and its German translation: gender, case, and the verb second or last."""
+    def pick(items):
+        return items[rng.integers(len(items))]
+    subject, wer = noun_phrase(rng, BEINGS, "nom")
+    thing, wen = noun_phrase(rng, BEINGS + THINGS, "acc")
+    (does, do, done, tut, tun, getan), (time, wann), (can, kann) = pick(VERBS), pick(TIMES), pick(MODALS)
+    where = wo = ""
+    if rng.random() < 0.5:
+        (near, bei), (place, ort) = pick(PREPOSITIONS), noun_phrase(rng, PLACES, "dat")
+        where, wo = f" {near} {place}", f" {bei} {ort}"
+    form = rng.integers(5)
+    if form == 0:
+        pair = f"{subject} {does} {thing}{where}.", f"{wer} {tut} {wen}{wo}."
+    elif form == 1:  # something else first: the verb stays second
+        pair = f"{time} {subject} {does} {thing}{where}.", f"{wann} {tut} {wer} {wen}{wo}."
+    elif form == 2:  # the infinitive goes last
+        pair = f"{subject} {can} {do} {thing}{where}.", f"{wer} {kann} {wen}{wo} {tun}."
+    elif form == 3:  # so does the participle
+        pair = f"{subject} has {done} {thing}{where}.", f"{wer} hat {wen}{wo} {getan}."
+    else:  # and in a subordinate clause the verb itself
+        (other, wer2) = noun_phrase(rng, BEINGS, "nom")
+        pair = (f"{other} laughs because {subject} {does} {thing}{where}.",
+                f"{wer2} lacht, weil {wer} {wen}{wo} {tut}.")
+    return tuple(text[0].upper() + text[1:] for text in pair)
+
+
+def demo_pairs(count):
+    """`count` different pairs, so that what is held out is never trained on."""
+    rng, pairs = np.random.default_rng(0), {}
+    while len(pairs) < count:
+        pairs.setdefault(*demo_pair(rng))
+    return [list(side) for side in zip(*pairs.items())]
+
+
+def download(url, path, digest):
+    """Fetches a file whole or not at all; UserError unless its SHA-256 is the one known."""
+    say(f"downloading {url}")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            content = answer.read()
+    except OSError as e:
+        raise UserError(f"{url}: no download ({e}); data/README.md says what goes where") from None
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(f"{url}: its SHA-256 is not the known one; get it by hand: data/README.md")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def read_pair(*paths):
+    """The lines of two text files (.gz or not), as two lists of the same length."""
+    sides = []
+    for path in map(Path, paths):
+        try:
+            raw = path.read_bytes()
+            raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        except (OSError, EOFError, zlib.error) as e:
+            raise UserError(f"{path}: missing or truncated ({e}); see data/README.md") from None
+        lines = raw.removesuffix(b"\n").split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                lines[number - 1] = line.decode("utf-8").strip()
+            except UnicodeDecodeError as e:
+                raise UserError(f"{path}, line {number}: not UTF-8 ({e.reason}); convert the file") from None
+        if not any(lines):
+            raise UserError(f"{path}: is empty; it takes one sentence a line")
+        sides.append(lines)
+    if len(sides[0]) != len(sides[1]):
+        raise UserError(f"{paths[0]} has {len(sides[0])} lines and {paths[1]} {len(sides[1])}: "
+                        "line n of one must be the translation of line n of the other")
+    return sides
+
+
+def load_data(cfg):
+    """{"train", "val" and the name of each test split: (source sentences, target sentences)}."""
+    name, form = Path(cfg.data).name.removesuffix("-tok"), "tok" if cfg.data.endswith("-tok") else "raw"
+    folder, end = Path("data", name, form), ".lc.norm.tok" if form == "tok" else ""
+    if cfg.data == "multi30k" and not folder.exists() and RANK == 0:
+        for file, digest in DIGESTS.items():
+            download(f"{URL}/raw/{file}", folder / file, digest)
+    if WORLD > 1:
+        dist.barrier()
+    if folder.exists():
+        names = sorted(p.name.removesuffix(f"{end}.en.gz") for p in folder.glob(f"*{end}.en.gz"))
+        return {split: read_pair(*(folder / f"{split}{end}.{side}.gz" for side in ("en", "de")))
+                for split in dict.fromkeys(["train", "val", *names])}
+    if cfg.train_src or cfg.train_tgt:
+        pairs = read_pair(cfg.train_src, cfg.train_tgt)
+    elif cfg.data == "demo":
+        pairs = demo_pairs(9000)
+    else:
+        raise UserError(f"--data {cfg.data}: none of demo, multi30k, multi30k-tok; your own two files go to "
+                        "--train_src and --train_tgt")
+    whole = [pair for pair in zip(*pairs) if all(pair)]
+    held = min(1000, len(whole) // 18)
+    if not held:
+        raise UserError(f"{len(whole)} pairs are too few: it takes 18")
+    if cfg.data != "demo":  # a pair that is there twice must not be trained on and tested with
+        say(f"note: the last {held} different pairs are for the test, {held} before them for validation")
+        whole = list(dict.fromkeys(whole))
+    parts = {"train": whole[: -2 * held], "val": whole[-2 * held : -held], "test": whole[-held:]}
+    return {split: [list(side) for side in zip(*part)] for split, part in parts.items()}
+
+
+def train_vocabulary(texts, cfg):
+    """A joint byte-pair encoding of the training sentences only: SentencePiece's model as uint8 (n,)."""
+    import sentencepiece
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=cfg.vocab_size,
+            hard_vocab_limit=False, character_coverage=1.0, pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK,
+            num_threads=1, minloglevel=2)
+    except (RuntimeError, OSError) as e:
+        raise UserError(f"--vocab_size {cfg.vocab_size}: no vocabulary could be made ({e})") from None
+    return torch.from_numpy(np.frombuffer(model.getvalue(), np.uint8).copy())
+
+
+def tokenizer(vocabulary):
+    import sentencepiece
+    return sentencepiece.SentencePieceProcessor(model_proto=vocabulary.numpy().tobytes())
+
+
+def encode_text(sp, sentences, max_len):
+    """Lists of ids that end in EOS; what is longer than max_len is cut, and that is said."""
+    ids = sp.encode(list(sentences))
+    if long := sum(len(row) >= max_len for row in ids):
+        say(f"warning: {long} of {len(ids)} sentences are cut after {max_len - 1} tokens (--max_len)")
+    return [[*row[: max_len - 1], EOS] for row in ids]
+
+
+class Batches:
+    """The pairs of a training set on the device, in batches of about `budget` target tokens.
+
+    Sorted by target and source length, a batch holds hardly any padding. Pairs of the same two lengths are
+    shuffled anew in each epoch, and so is the order of the batches; where they are cut never changes.
+    """
+
+    def __init__(self, src, tgt, budget, device):
+        self.lengths = np.array([[len(t), len(s)] for s, t in zip(src, tgt)])
+        self.sorted = self.lengths[np.lexsort(self.lengths.T[::-1])]
+        starts = [0]
+        for i, (length, _) in enumerate(self.sorted):
+            if (i + 1 - starts[-1]) * length > budget and i > starts[-1]:
+                starts.append(i)
+        self.cuts = list(zip(starts, [*starts[1:], len(src)]))
+        self.flat = [torch.tensor(sum(side, []), dtype=torch.int32, device=device) for side in (src, tgt)]
+        self.begin = [torch.tensor(np.cumsum([0, *map(len, side[:-1])])).to(device) for side in (src, tgt)]
+        self.tokens = [int(self.sorted[a:b, 0].sum()) for a, b in self.cuts]  # target tokens of each batch
+
+    @functools.lru_cache(1)
+    def order(self, seed, epoch):
+        """(pairs in sorted order on the device, batches in the order of this epoch)."""
+        rng = np.random.default_rng(seed_for(seed, epoch))
+        shuffled = rng.permutation(len(self.lengths))
+        shuffled = shuffled[np.lexsort(self.lengths[shuffled].T[::-1])]
+        return torch.from_numpy(shuffled).to(self.flat[0].device), rng.permutation(len(self.cuts)).tolist()
+
+    def get(self, seed, step):
+        """This rank's share of the batch of a step, which counts from 1: ids (B, S), (B, T), and the number
+        of target tokens in the whole batch."""
+        epoch, place = divmod(step - 1, len(self.cuts))
+        pairs, batches = self.order(seed, epoch)
+        a, b = self.cuts[number := batches[place]]
+        widths = self.sorted[a:b, 1].max(), self.sorted[a:b, 0].max()
+        chosen = pairs[a + RANK : b : WORLD]
+        sides = []
+        for flat, begin, width in zip(self.flat, self.begin, widths):
+            at = begin[chosen][:, None] + torch.arange(int(width), device=begin.device)
+            ids = flat[at.clamp(max=len(flat) - 1)].long()
+            after = (ids == EOS).cumsum(1) - (ids == EOS).long()  # 0 up to the sentence's own EOS
+            sides.append(ids.masked_fill(after > 0, PAD))
+        return *sides, self.tokens[number]
+
+
+# METRICS ----------------------------------------------------------------------------------------------------
+def tokenize_13a(line):
+    """mteval-v13a's tokens, which WMT scores are counted in: a string -> a list of strings."""
+    line = line.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    for entity, sign in ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"):
+        line = line.replace(entity, sign)
+    line = re.sub(r"([!-&(-+:-@\[-`{-~/ ])", r" \1 ", f" {line} ")  # ASCII signs but ' , - . stand alone;
+    line = re.sub(r"([^0-9])([.,])", r"\1 \2 ", line)  # so do dots and commas, unless between digits,
+    line = re.sub(r"([.,])([^0-9])", r" \1 \2", line)
+    return re.sub(r"([0-9])(-)", r"\1 \2 ", line).split()  # and a dash after a digit
+
+
+def ngrams(items, n):
+    return Counter(tuple(items[i : i + n]) for i in range(len(items) - n + 1))
+
+
+def bleu(hypotheses, references, tokenize="13a", lowercase=False):
+    """BLEU-4 of a corpus, 0-100, one reference each; like sacrebleu with its defaults: an order without a
+    match counts half of one match, the next such a quarter, and so on. `tokenize` is "13a" or "none", which
+    splits at spaces. ValueError if the lists differ in length or are empty."""
+    if not hypotheses or len(hypotheses) != len(references):
+        raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
+    split = {"13a": tokenize_13a, "none": str.split}[tokenize]
+    match, total, sizes = [0] * 4, [0] * 4, [0, 0]
+    for pair in zip(hypotheses, references):
+        hyp, ref = (split(text.lower() if lowercase else text) for text in pair)
+        sizes = [sizes[0] + len(hyp), sizes[1] + len(ref)]
+        for n in range(4):
+            found = ngrams(hyp, n + 1)
+            total[n] += sum(found.values())
+            match[n] += (found & ngrams(ref, n + 1)).total()
+    if not match[0] or not total[3]:
+        return 0.0
+    logs, half = [], 1
+    for m, t in zip(match, total):
+        half *= 1 if m else 2
+        logs.append(math.log(100 * m / t if m else 100 / (half * t)))
+    brevity = min(0.0, 1 - sizes[1] / sizes[0])
+    return math.exp(brevity + sum(logs) / 4)
+
+
+def chrf(hypotheses, references):
+    """chrF2 of a corpus, 0-100: the F-score, recall counting twice, of precision and recall averaged over
+    character 1- to 6-grams without spaces; like sacrebleu with its defaults. ValueError as for `bleu`."""
+    if not hypotheses or len(hypotheses) != len(references):
+        raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
+    counts = [[0, 0, 0] for _ in range(6)]
+    for pair in zip(hypotheses, references):
+        hyp, ref = ("".join(text.split()) for text in pair)
+        for n, sums in enumerate(counts, 1):
+            mine, theirs = ngrams(hyp, n), ngrams(ref, n)
+            sums[0] += mine.total() if theirs else 0
+            sums[1] += theirs.total()
+            sums[2] += (mine & theirs).total()
+    shares = [(m / h, m / r) for h, r, m in counts if h and r]
+    precision, recall = (statistics.fmean(side) for side in zip(*shares)) if shares else (0, 0)
+    return 100 * 5 * precision * recall / (4 * precision + recall) if precision + recall else 0.0
+
+
+# EVALUATE, PREDICT ------------------------------------------------------------------------------------------
+def padded(rows, device):
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, PAD).to(device)
+
+
+def translate(model, sp, ids, cfg, device, beam_size):
+    """Lists of ids -> list of strings, by greedy decoding for one beam; each process does its share, and all
+    get the result. Sentences of similar length go together."""
+    order, out = sorted(range(len(ids)), key=lambda i: len(ids[i])), torch.zeros(len(ids), cfg.max_len).long()
+    for number, start in enumerate(range(0, len(ids), 100)):
+        if number % WORLD == RANK:
+            chosen = order[start : start + 100]
+            src = padded([ids[i] for i in chosen], device)
+            limit = min(cfg.max_len, 2 * src.shape[1] + 10)
+            rows = greedy_decode(model, src, limit) if beam_size == 1 else beam_search(
+                model, src, beam_size, cfg.length_penalty, limit)
+            for i, row in zip(chosen, rows):
+                out[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    rows = all_sum(out.to(device)).tolist()
+    return sp.decode([[i for i in row if i != PAD] for row in rows])
+
+
+@torch.no_grad()
+def perplexity(model, src, tgt, device):
+    """exp of the mean negative log-likelihood of the target tokens, EOS included, without label smoothing."""
+    sums = torch.zeros(2, device=device)
+    for start in range(100 * RANK, len(src), 100 * WORLD):
+        x, y = padded(src[start : start + 100], device), padded(tgt[start : start + 100], device)
+        logits = model(x, F.pad(y, (1, -1), value=BOS)).float()
+        sums[0] += F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=PAD, reduction="sum")
+        sums[1] += (y != PAD).sum()
+    total, count = all_sum(sums).tolist()
+    return math.exp(total / count)
+
+
+def evaluate(model, sp, cfg, pair, device, beam_size):
+    """(figures, hypotheses) of a split; for a tokenised set `bleu` is of its tokens, else of 13a."""
+    model.eval()
+    src, tgt = (encode_text(sp, side, cfg.max_len) for side in pair)
+    start = time.perf_counter()
+    hypotheses = translate(model, sp, src, cfg, device, beam_size)
+    seconds = time.perf_counter() - start
+    forms = {"bleu": bleu(hypotheses, pair[1]),
+             "bleu_lc_none": bleu(hypotheses, pair[1], "none", lowercase=True)}
+    if cfg.data.endswith("-tok"):
+        forms = {"bleu": forms["bleu_lc_none"], "bleu_13a": forms["bleu"]}
+    figures = {**forms, "chrf": chrf(hypotheses, pair[1]), "ppl": perplexity(model, src, tgt, device),
+               "sentences/s": round(len(src) / seconds, 1)}
+    return figures, hypotheses
+
+
+def score(model, sp, cfg, data, folder, device):
+    """The figures of every test split, the first one's under their plain names; writes the hypotheses."""
+    figures = {}
+    for split in [name for name in data if name not in ("train", "val")]:
+        part, hypotheses = evaluate(model, sp, cfg, data[split], device, cfg.beam_size)
+        if RANK == 0:
+            (folder / f"{split}.hyp.txt").write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
+            samples = [f"source     {s}\nreference  {r}\nhypothesis {h}\n\n"
+                       for s, r, h in zip(*data[split], hypotheses)]
+            (folder / f"{split}.samples.txt").write_text("".join(samples[:20]), encoding="utf-8")
+        figures |= {f"{split}_{k}" if figures else k: v for k, v in part.items()}
+    return figures
+
+
+@torch.no_grad()
+def draw(model, sp, cfg, sentences, folder, device):
+    """attention.png: where each target token looks in the source, averaged over the heads and layers."""
+    if RANK or not (figure := new_figure(6.5 * len(sentences), 6)):
+        return
+    for place, sentence in enumerate(sentences, 1):
+        [ids] = encode_text(sp, [sentence], cfg.max_len)
+        src, maps = padded([ids], device), []
+        limit = min(cfg.max_len, 2 * len(ids) + 10)
+        [out] = beam_search(model, src, cfg.beam_size, cfg.length_penalty, limit)
+        hooks = [layer.cross.register_forward_hook(lambda part, args, _: maps.append(part.weights(*args)))
+                 for layer in model.decoder]
+        model(src, torch.tensor([[BOS, *out]], device=device))
+        for hook in hooks:
+            hook.remove()
+        weights = torch.stack(maps).mean((0, 1, 2)).cpu()  # (T, S)
+        axes = figure.add_subplot(1, len(sentences), place, xlabel="source", ylabel="translation")
+        axes.imshow(weights.numpy(), cmap="Blues", vmin=0)
+        axes.set_xticks(range(len(ids)), sp.id_to_piece(ids), rotation=90)
+        axes.set_yticks(range(len(out) + 1), sp.id_to_piece([*out, EOS]))
+    figure.savefig(folder / "attention.png", dpi=80)
+
+
+def build(cfg, sp, device):
+    d_model, n_heads, n_layers, d_ff = SIZES[cfg.size]
+    return Transformer(sp.vocab_size(), d_model, n_heads, n_layers, d_ff, cfg.dropout).to(device)
+
+
+def predict(mode, inputs, flags):
+    """Every mode that uses a trained model."""
+    with contextlib.redirect_stdout(sys.stderr if mode == "translate" else sys.stdout):  # it prints only text
+        cfg, ckpt, device, folder = open_checkpoint(flags)
+    if "vocabulary" not in ckpt:
+        raise UserError(f"{cfg.ckpt}: holds no vocabulary; take the best.pt of a run")
+    sp = tokenizer(ckpt["vocabulary"])
+    model = build(cfg, sp, device).eval()
+    load_weights(model, ckpt["model"], cfg.ckpt)
+    if mode == "eval":
+        figures = score(model, sp, cfg, load_data(cfg), folder, device)
+        say(f"{show(figures, ', ', '.6g')}\nnrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0, "
+            f"bleu_lc_none: case:lc, tok:none\nwritten: {folder}/*.hyp.txt")
+        return
+    lines = [line.strip() for line in (inputs or sys.stdin)]
+    ids = [encode_text(sp, [line], cfg.max_len)[0] for line in lines if line]
+    done = iter(translate(model, sp, ids, cfg, device, cfg.beam_size) if ids else ())
+    for line in lines:
+        say(next(done) if line else "")
+    if inputs:
+        draw(model, sp, cfg, [line for line in lines if line][:1], folder, device)
+
+
+# ---- runtime: identical in all five scripts ----
+SCRIPT = Path(__file__).stem
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+FREE = {"out", "save", "resume", "device", "compile", "max_steps", "max_minutes", "save_every", "log_every"}
+
+
+class UserError(Exception):
+    """What a user can mend: shown as one `error:` line, exit status 2."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    try:
+        yield
+    except (UserError, OSError, torch.OutOfMemoryError) as e:
+        hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
+        print("error:", *f"{hint}{e}".split(), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def say(text, end="\n"):
+    if RANK == 0:
+        print(text, end=end, flush=True)
+
+
+def seed_for(*key):
+    """A seed from any key, the same everywhere: (seed, step, rank) for a step, (seed, epoch) for an order."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
+
+
+def parse_args(argv):
+    """(mode, inputs, flags): flags are what was typed, no more; presets and checkpoints fill in the rest."""
+    def refuse(message):
+        raise UserError(f"{message}; see python {SCRIPT}.py --help")
+    parser = argparse.ArgumentParser(usage=f"{SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]",
+                                     description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    parser.add_argument("words", nargs="*", metavar="MODE", help="; ".join(map(": ".join, MODES.items())))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    for f in dataclasses.fields(Config):
+        kind, text = type(f.default), comments[f.name]
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        if choices := re.match(r"\w+(\|\w+)+", text):  # a comment that begins with a|b|c lists the choices
+            how["choices"] = choices[0].split("|")
+        how |= {"default": argparse.SUPPRESS, "help": f"{text} [{f.default}]".replace("%", "%%")}
+        parser.add_argument(*dict.fromkeys([f"--{f.name}", "--" + f.name.replace("_", "-")]), **how)
+    flags = vars(parser.parse_intermixed_args(argv))
+    mode, *inputs = flags.pop("words") or ["train"]
+    for name, value in flags.items():  # sizes, intervals and epochs are at least 1, other numbers 0
+        least = int(name.endswith(("_size", "_dim", "_every", "epochs")))
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            refuse(f"--{name} {value}: must be finite, and at least {least}")
+    if mode not in MODES:
+        refuse(f"{mode!r} is none of the modes {', '.join(MODES)}")
+    takes = re.match(r"([A-Z .[\]]+): ", MODES[mode])  # "FOLDER: ..." must have inputs, "[TEXT]: ..." may
+    if bool(inputs) > bool(takes) or (takes and takes[1][0] != "[" and not inputs):
+        refuse(f"{mode} works on {takes[1] if takes else 'no input'}, not {' '.join(inputs) or 'nothing'}")
+    return mode, inputs, flags
+
+
+def pick_device(name):
+    """The device that --device means; under torchrun the one of this process, and here the processes meet."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in ("auto", "cpu", best):
+        raise UserError(f"--device {name}: there is none here; use --device {best}")
+    device = torch.device(best if name == "auto" else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+        torch.set_float32_matmul_precision("high")  # TF32
+    if WORLD > 1:  # workers that torchrun restarts must not find the addresses of those before in its store
+        store, env = next(dist.rendezvous("env://"))[0], os.environ.get
+        attempt = env("TORCHELASTIC_RESTART_COUNT", "") if env("LOCAL_WORLD_SIZE") == str(WORLD) else ""
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD,
+                                store=dist.PrefixStore(attempt, store))
+    return device
+
+
+def pick_dtype(name, device):
+    """`auto` is bfloat16 where the chip multiplies it natively; on a CPU, only if this script gains by it."""
+    info, cuda = Path("/proc/cpuinfo"), device.type == "cuda"
+    native = torch.cuda.get_device_capability() >= (8, 0) if cuda else (
+        CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text()))
+    dtype = name if name != "auto" else "bfloat16" if native else "float32"
+    chip = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
+    say(f"device: {device} ({chip}) x {WORLD}, {dtype} ({'' if native else 'no '}gain from bfloat16 here)")
+    return dtype
+
+
+def all_sum(tensor):
+    """The sum over all processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def load_checkpoint(path):
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if ckpt["script"] == SCRIPT:
+            return ckpt
+        problem = f"a checkpoint of {ckpt['script']}.py"
+    except FileNotFoundError:
+        problem = "no such file"
+    except Exception as e:  # a damaged file can raise nearly anything
+        problem = f"not a readable checkpoint ({type(e).__name__})"
+    raise UserError(f"{path}: {problem}; train first, or name a checkpoint of {SCRIPT}.py")
+
+
+def load_weights(model, state, path, strict=True):
+    """Copies weights into the model; unless strict (--init), those of another size are left out and named."""
+    mine = model.state_dict()
+    fit = {k: v for k, v in state.items() if k in mine and v.shape == mine[k].shape}
+    if left := sorted((set(mine) | set(state)) - set(fit)):
+        if strict or not fit:
+            raise UserError(f"{path}: its weights do not fit this model: {', '.join(left[:5])}")
+        say(f"note: not taken from {path}, being of another size: {', '.join(left[:5])}")
+    model.load_state_dict(fit, strict=False)
+
+
+def merge(ckpt, flags, path, fixed):
+    """A checkpoint's Config under the flags typed now, of which the `fixed` ones may not differ from it."""
+    for name in sorted(fixed & set(flags)):
+        if flags[name] != (saved := ckpt["config"].get(name)):
+            raise UserError(f"--{name} {flags[name]}: {path} was made with {saved}; leave it, or start anew")
+    return Config(**ckpt["config"] | flags)
+
+
+def open_checkpoint(flags):
+    """(cfg, ckpt, device, folder to write into) for the modes that use a trained model."""
+    newest = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=lambda p: p.stat().st_mtime)
+    path = flags.get("ckpt") or (newest[-1] if newest else f"out/{SCRIPT}-demo/best.pt")
+    ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
+    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
+    say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {ckpt['best']:.5g}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return cfg, ckpt, pick_device(cfg.device), folder
+
+
+class Run:
+    """A training run: its configuration and folder, the losses on the way, the wish to stop."""
+
+    def __init__(self, flags, training):
+        self.began, self.pending, self.wish, self.stop = time.perf_counter(), [], False, False
+        name = flags.get("data", "auto")
+        if name == "auto":
+            name = next((n for n, inside in AUTO.items() if Path("data", n, inside).exists()), "demo")
+        say(f"data: {name}" + (f" (generated; {REAL})" if name == "demo" else ""))
+        self.device, self.ckpt = pick_device(flags.get("device", "auto")), {}
+        self.cfg, box = Config(**PRESETS.get(name, {}) | flags | {"data": name}), [None]
+        if training and RANK == 0:  # rank 0 picks the folder, and tells the others
+            box = [self.pick_folder(Path(flags.get("out") or f"out/{SCRIPT}-{Path(name).name}"), flags)]
+        if WORLD > 1:
+            dist.broadcast_object_list(box)
+        self.folder = box[0]
+        if training and (last := self.folder / "last.pt").exists():
+            self.ckpt = load_checkpoint(last)
+            self.cfg = merge(self.ckpt, flags, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+        self.cfg.dtype = pick_dtype(self.cfg.dtype, self.device)
+        start = {"step": 0, "best": None, "window": [], "seconds": 0.0}
+        self.step, self.best, self.window, self.seconds = (self.ckpt.get(k, v) for k, v in start.items())
+        self.mark = self.began, self.step
+        if training and RANK == 0:  # the log goes on from the checkpoint's step
+            path = self.folder / "log.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else []
+            kept = [s for s in lines if (r := json.loads(s))["step"] <= self.step and r["split"] != "test"]
+            path.write_text("".join(f"{s}\n" for s in kept), encoding="utf-8")
+            self.log = path.open("a", encoding="utf-8", buffering=1)
+        for number in (signal.SIGINT, signal.SIGTERM) if training else ():
+            signal.signal(number, self.ask_to_stop)
+
+    def pick_folder(self, base, flags):
+        """The folder to write into: one that holds a run is continued or left alone."""
+        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))]
+        runs = {p: (p / "last.pt").stat().st_mtime for p in family if (p / "last.pt").exists()}
+        folder = next(p for p in family if not (p / "log.jsonl").exists())
+        if flags.get("resume"):
+            folder = max(runs, key=runs.get) if runs and not flags.get("out") else base
+        say(f"run: {folder}" + (" continued" if folder in runs else f" ({base} is taken)" * (folder != base)))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def ask_to_stop(self, number, _):
+        self.wish = True
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def step_done(self, losses, total, count, lr):
+        """After each step: (evaluate, save), the same on all ranks. `losses` is {name: scalar on the device},
+        this rank's share (its sum * world / global count); `count` is the number of items in the step. Losses
+        stay on the device until a log line or a save is due: there a non-finite one is seen, and ranks agree
+        to stop."""
+        self.step, cfg = self.step + 1, self.cfg
+        self.pending.append(torch.stack([v.detach().float() for v in losses.values()]))
+        log, check, save = (self.step == total or self.step % n == 0
+                            for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
+        self.wish |= 0 < cfg.max_minutes <= (time.perf_counter() - self.began) / 60
+        if log or check or save or (self.wish and WORLD == 1):
+            rows = torch.stack([*self.pending, torch.full_like(self.pending[0], float(self.wish))])
+            *rows, wish = (all_sum(rows) / WORLD).tolist()  # the shares' mean is the loss of the global batch
+            for step, row in enumerate(rows, self.step - len(rows) + 1):
+                if not all(map(math.isfinite, row)):
+                    raise UserError(f"step {step}: the loss is not finite, {dict(zip(losses, row))}; last.pt "
+                                    "is from before: start anew with a lower --lr, or --dtype float32")
+            self.window, self.pending = self.window + rows, []
+            self.stop = wish[0] > 0 and self.step < total
+        if log:
+            rate = (self.step - self.mark[1]) / max(1e-9, time.perf_counter() - self.mark[0])
+            means = {name: statistics.fmean(column) for name, column in zip(losses, zip(*self.window))}
+            self.write("train", means | {"lr": lr, "items/s": round(rate * count, 1)},
+                       f"| eta {(total - self.step) / max(rate, 1e-9) / 60:.1f} min", end="\r")
+            self.window, self.mark = [], (time.perf_counter(), self.step)
+        return check, check or save or self.stop
+
+    def write(self, split, figures, more="", end="\n"):
+        """A record in log.jsonl, and a line, which on a terminal is overwritten if it ends in a return."""
+        if RANK == 0:
+            self.log.write(json.dumps({"step": self.step, "split": split, **figures}) + "\n")
+            live = sys.stdout.isatty()
+            line = f"{split:5} {self.step:>6} | {show(figures, ' ', '<8.4g')}{more}"
+            say("\x1b[K" * live + line, end if live else "\n")
+
+    def save(self, name, **state):
+        """Rank 0 writes the checkpoint: whole or not at all, whatever happens meanwhile."""
+        seconds = self.seconds + time.perf_counter() - self.began
+        state |= {"script": SCRIPT, "config": dataclasses.asdict(self.cfg), "step": self.step,
+                  "best": self.best, "window": self.window, "seconds": seconds}
+        path, part = self.folder / name, self.folder / f"{name}.part"
+        try:
+            if RANK == 0:
+                with part.open("wb") as f:
+                    torch.save(state, f)
+                    os.fsync(f.fileno())
+                os.replace(part, path)
+        except (OSError, RuntimeError) as e:
+            part.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot save ({e}); its old content is whole; make room, --resume")
+        self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
+
+    def finish(self, figures):
+        """The last line of a run, and its learning curves."""
+        self.write("test", figures)
+        minutes = (self.seconds + time.perf_counter() - self.began) / 60
+        if RANK == 0:
+            self.log.close()
+            draw_curves(self.folder)
+        say(f"log and pictures: {self.folder}\n"
+            f"final test {show(figures, ', ', '.5g')} | {minutes:.1f} min | {peak_gb(self.device):.1f} GB")
+
+
+def show(figures, between, form):
+    return between.join(f"{k} {v:{form}}" for k, v in figures.items() if isinstance(v, (int, float)))
+
+
+def peak_gb(device):
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else rss) / 1e9
+
+
+def new_figure(*size):
+    """A matplotlib Figure; where there is no matplotlib, None and a line that says so."""
+    try:
+        from matplotlib.figure import Figure
+        return Figure(figsize=size, layout="constrained")
+    except ImportError:
+        say("note: a picture is left out, since matplotlib is not installed")
+
+
+def draw_curves(folder):
+    """curves.png: each figure of log.jsonl against the step."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = {k: v for r in records[:-1] for k, v in r.items()}
+    names = [k for k, v in last.items() if isinstance(v, (int, float))]
+    rows = math.ceil(len(names) / 3)
+    if figure := new_figure(12, 3 * rows):
+        for i, name in enumerate(names[1:], 1):  # the first is the step
+            axes = figure.add_subplot(rows, 3, i, xlabel="step", ylabel=name)
+            for split in ("train", "val"):
+                if points := [(r["step"], r[name]) for r in records if r["split"] == split and name in r]:
+                    axes.plot(*zip(*points), label=split, marker="." if len(points) < 30 else "")
+            axes.legend()
+        figure.savefig(folder / "curves.png", dpi=100)
+
+
+def bench(run, raw, fetch, update, count):
+    """Times the training step, eager, then compiled, and prints a JSON line: fetch(step) -> batch is the wait
+    for data, update(step, batch) the computation; `count` items are in a step."""
+    wait = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
+    with FlopCounterMode(display=False) as flops:
+        update(1, fetch(1))
+    result = {"script": SCRIPT, "device": str(run.device), "dtype": run.cfg.dtype, "world": WORLD}
+    for kind in ("eager", "compiled"):
+        times = []
+        for step in range(1, 37):  # the first compiles, five more warm up
+            start = time.perf_counter()
+            if kind == "compiled" and step == 1:
+                raw.compile()
+            batch = fetch(step)
+            wait()
+            ready = time.perf_counter()
+            update(step, batch)
+            wait()
+            times.append((time.perf_counter() - start, ready - start))
+        seconds, data = (statistics.median(column) for column in zip(*times[6:]))
+        result[kind] = {"items/s": round(count / seconds, 1), "ms_per_step": round(1e3 * seconds, 3),
+                        "data_share": round(data / seconds, 4), "first_step_seconds": round(times[0][0], 1),
+                        "tflops": round(flops.get_total_flops() * WORLD / seconds / 1e12, 3)}
+    say(json.dumps(result | {"peak_gb": round(peak_gb(run.device), 2)}))
+# ---- end of runtime ----
+
+
+# MAIN -------------------------------------------------------------------------------------------------------
+@one_line_errors()
+def main(argv=None):
+    mode, inputs, flags = parse_args(argv)
+    if mode not in ("train", "bench"):
+        return predict(mode, inputs, flags)
+    if flags.get("train_src"):  # two files of the user's are a data set of their own
+        flags.setdefault("data", "own")
+    run = Run(flags, training=mode == "train")
+    cfg, ckpt, device = run.cfg, run.ckpt, run.device
+    if cfg.max_len > 1024 or cfg.max_len < 3:
+        raise UserError(f"--max_len {cfg.max_len}: must be 3 to 1024")
+
+    data = load_data(cfg)
+    old = ckpt or (load_checkpoint(cfg.init) if cfg.init else {})  # weights and vocabulary belong together
+    vocabulary = old["vocabulary"] if old else train_vocabulary(sum(data["train"], []), cfg)
+    sp = tokenizer(vocabulary)
+    batches = Batches(*(encode_text(sp, side, cfg.max_len) for side in data["train"]), cfg.batch_size, device)
+    schedule = len(batches.cuts) * cfg.epochs
+    total, count = min(cfg.max_steps or schedule, schedule), round(sum(batches.tokens) / len(batches.cuts))
+    say(f"pairs: {len(data['train'][0]):,}; vocabulary: {len(sp):,}; steps: {total:,} of {count:,} tokens")
+
+    torch.manual_seed(cfg.seed)
+    raw = build(cfg, sp, device)
+    average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    if old:
+        load_weights(raw, old["model"], cfg.init, strict=bool(ckpt))
+        average.module.load_state_dict(ckpt.get("average", raw.state_dict()))
+        average.n_averaged += run.step
+    optimizer = torch.optim.Adam(raw.parameters(), cfg.lr, (0.9, 0.98), 1e-9, fused=True)
+    if ckpt:
+        optimizer.load_state_dict(ckpt["optimizer"])
+    on_cuda = device.type == "cuda" and sys.platform == "linux"
+    if mode == "train" and (cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)):
+        raw.compile()  # in place, so that its weights keep their names
+    model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
+
+    def fetch(step):
+        torch.manual_seed(seed_for(cfg.seed, step, RANK))
+        return batches.get(cfg.seed, step)
+
+    def update(step, batch):
+        """One optimizer step; -> the parts of the loss."""
+        src, tgt, tokens = batch
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        raw.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            logits = model(src, F.pad(tgt, (1, -1), value=BOS))  # shifted right
+        loss = F.cross_entropy(logits.flatten(0, 1), tgt.flatten(), ignore_index=PAD, reduction="sum",
+                               label_smoothing=cfg.label_smoothing) * WORLD / tokens
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(raw)
+        return {"loss": loss}
+
+    if mode == "bench":
+        return bench(run, raw, fetch, update, count)
+
+    for step in range(run.step + 1, total + 1):
+        losses = update(step, fetch(step))
+        check, save = run.step_done(losses, total, count, learning_rate(cfg, step))
+        if check:
+            figures, _ = evaluate(average.module, sp, cfg, data["val"], device, 1)
+            run.write("val", figures)
+            if run.best is None or figures["bleu"] > run.best:
+                run.best = figures["bleu"]
+                run.save("best.pt", model=average.module.state_dict(), vocabulary=vocabulary)
+        if save:
+            run.save("last.pt", model=raw.state_dict(), average=average.module.state_dict(),
+                     optimizer=optimizer.state_dict(), vocabulary=vocabulary)
+        if run.stop:
+            command = f"python transformer_mt.py --data {cfg.data} --out {run.folder} --resume"
+            return say(f"stopped at step {step}; to continue: {command}")
+
+    best = load_checkpoint(run.folder / "best.pt")
+    load_weights(average.module, best["model"], run.folder)
+    figures = score(average.module, sp, cfg, data, run.folder, device)
+    tests = next(pair for name, pair in data.items() if name not in ("train", "val"))
+    draw(average.module, sp, cfg, tests[0][:2], run.folder, device)
+    run.finish(figures)
+
+
+def learning_rate(cfg, step):
+    """Linear warm-up, then as 1 / sqrt(step) (equation 3)."""
+    return cfg.lr * min(step / max(1, cfg.warmup), (max(1, cfg.warmup) / step) ** 0.5)
+
+
+if __name__ == "__main__":
+    main()
