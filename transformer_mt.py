@@ -678,7 +678,7 @@ def build(cfg, sp, device):
 
 def predict(mode, inputs, flags):
     """Every mode that uses a trained model."""
-    with contextlib.redirect_stdout(sys.stderr if mode == "translate" else sys.stdout):  # it prints only text
+    with contextlib.redirect_stdout(sys.stderr if mode == "translate" else sys.stdout):  # there, text only
         cfg, ckpt, device, folder = open_checkpoint(flags)
     if "vocabulary" not in ckpt:
         raise UserError(f"{cfg.ckpt}: holds no vocabulary; take the best.pt of a run")
@@ -691,7 +691,8 @@ def predict(mode, inputs, flags):
             f"bleu_lc_none: case:lc, tok:none\nwritten: {folder}/*.hyp.txt")
         return
     lines = [line.strip() for line in (inputs or sys.stdin)]
-    ids = [encode_text(sp, [line], cfg.max_len)[0] for line in lines if line]
+    with contextlib.redirect_stdout(sys.stderr):
+        ids = encode_text(sp, filter(None, lines), cfg.max_len)
     done = iter(translate(model, sp, ids, cfg, device, cfg.beam_size) if ids else ())
     for line in lines:
         say(next(done) if line else "")

@@ -168,7 +168,8 @@ def test_evaluation_is_the_same_on_two_processes(name, tmp_path):
     one = python(ROOT / f"{name}.py", "eval", "--device", "cpu", "--save", "one", cwd=tmp_path)
     two = python(*torchrun(ROOT / f"{name}.py"), "eval", "--device", "cpu", "--save", "two", cwd=tmp_path)
     assert one.returncode == two.returncode == 0, two.stderr
-    assert one.stdout.replace("one/", "two/") == two.stdout
+    one, two = (re.sub(r"/s [\d.]+", "/s", done.stdout) for done in (one, two))  # but for the speed
+    assert one.replace("one/", "two/") == two
 
 
 @each_script
