@@ -82,10 +82,122 @@ def vae(flags, rounds, steps):
     report("vae", seconds, "ours", dtype=cfg.dtype, images_per_second=round(box["count"] / seconds["ours"]))
 
 
+class PlainTransformer(nn.Module):
+    """PyTorch's own Transformer with the same sizes, embeddings and positions."""
+
+    def __init__(self, module, vocabulary, d_model, heads, layers, d_ff, dropout):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, d_model)
+        self.net = nn.Transformer(d_model, heads, layers, layers, d_ff, dropout, batch_first=True, norm_first=True)
+        self.out = nn.Linear(d_model, vocabulary)
+        self.register_buffer("positions", module.sinusoids(1024, d_model))
+        self.dropout, self.scale = nn.Dropout(dropout), d_model**0.5
+
+    def forward(self, src, tgt):
+        def embed(x):
+            return self.dropout(self.embedding(x) * self.scale + self.positions[: x.shape[1]])
+        causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1], src.device)
+        return self.out(self.net(embed(src), embed(tgt), tgt_mask=causal, src_key_padding_mask=src == 0,
+                                 tgt_key_padding_mask=tgt == 0, memory_key_padding_mask=src == 0, tgt_is_causal=True))
+
+
+def mt(flags, rounds, steps):
+    """(a) nn.Transformer in a plain loop on the same batches; (b) the notebook's loop: 32 sentences padded to the
+    corpus's longest, dense masks, label smoothing by a KL divergence from the whole target distribution. Compared in
+    real target tokens per second. Then beam search with the cache and without."""
+    module, box = captured("transformer_mt", flags)
+    cfg, device, fetch = box["run"].cfg, box["run"].device, box["fetch"]
+    size, vocabulary = module.SIZES[cfg.size], box["raw"].embedding.num_embeddings
+    plain, notebook = (PlainTransformer(module, vocabulary, *size, cfg.dropout).to(device) for _ in range(2))
+    optimizers = {net: torch.optim.Adam(net.parameters(), 1e-4) for net in (plain, notebook)}
+    criterion = nn.CrossEntropyLoss(ignore_index=0, label_smoothing=cfg.label_smoothing)
+    tokens, cursor = {"ours": 0, "nn.Transformer": 0, "notebook": 0}, {"left": []}
+
+    def ours(step):
+        batch = fetch(step)
+        tokens["ours"] += int((batch[1] != 0).sum())
+        box["update"](step, batch)
+
+    def finish(net, loss):
+        optimizers[net].zero_grad()
+        loss.backward()
+        optimizers[net].step()
+        return loss.item()
+
+    def plain_step(step):
+        src, tgt, _ = fetch(step)
+        tokens["nn.Transformer"] += int((tgt != 0).sum())
+        logits = plain(src, nn.functional.pad(tgt, (1, -1), value=1))
+        finish(plain, criterion(logits.flatten(0, 1), tgt.flatten()))
+
+    def notebook_step(step):
+        if not cursor["left"]:
+            src, tgt, _ = fetch(step)
+            src, tgt = (nn.functional.pad(x, (0, max(0, 72 - x.shape[1])))[:, :72] for x in (src, tgt))
+            cursor["left"] = list(zip(src.split(32), tgt.split(32)))
+        src, tgt = cursor["left"].pop()
+        tokens["notebook"] += int((tgt != 0).sum())
+        logits = notebook(src, nn.functional.pad(tgt, (1, -1), value=1)).log_softmax(-1)
+        wanted = torch.full_like(logits, cfg.label_smoothing / (vocabulary - 2))
+        wanted.scatter_(2, tgt[:, :, None], 1 - cfg.label_smoothing)
+        wanted[tgt == 0] = 0
+        finish(notebook, nn.functional.kl_div(logits, wanted, reduction="sum") / (tgt != 0).sum())
+
+    sides = {"ours": ours, "nn.Transformer": plain_step, "notebook": notebook_step}
+    for name, one_step in sides.items():  # warm-up
+        one_step(1)
+    for name in tokens:
+        tokens[name] = 0
+    rates = {name: [] for name in sides}
+    for number in range(rounds):
+        for name, one_step in sides.items():
+            start, before = time.perf_counter(), tokens[name]
+            for step in range(steps):
+                one_step(2 + number * steps + step)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            rates[name].append((tokens[name] - before) / (time.perf_counter() - start))
+    rates = {name: statistics.median(values) for name, values in rates.items()}
+
+    model, src = box["raw"].eval(), fetch(3)[0][:32]
+    seconds = {"cached": [], "uncached": []}
+    for _ in range(3):
+        for name, search in (("cached", module.beam_search), ("uncached", uncached_beam_search)):
+            start = time.perf_counter()
+            search(model, src, 5, 1.0, 30)
+            seconds[name].append(time.perf_counter() - start)
+    cache = statistics.median(seconds["uncached"]) / statistics.median(seconds["cached"])
+    print(json.dumps({"script": "transformer_mt", **{f"{name} tokens/s": round(rate) for name, rate in rates.items()},
+                      **{f"ratio to {name}": round(rates["ours"] / rates[name], 2) for name in list(rates)[1:]},
+                      "cached beam search ratio": round(cache, 2), "threads": torch.get_num_threads(),
+                      "dtype": cfg.dtype, "size": cfg.size, "vocabulary": vocabulary}))
+
+
+@torch.no_grad()
+def uncached_beam_search(model, src, k, alpha, max_len):
+    """The same batched search, each step decoding the whole prefix again. An untrained model seldom ends, so both
+    sides go through all positions."""
+    memory, mask = model.encode(src)
+    memory, mask = memory.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)
+    prefix = torch.full((len(src) * k, 1), 1, device=src.device)
+    scores = torch.full((len(src), k), -1e9, device=src.device).index_fill(1, torch.tensor(0, device=src.device), 0.0)
+    first = torch.arange(len(src), device=src.device)[:, None] * k
+    for _ in range(max_len):
+        x = model.embed(prefix)
+        for layer in model.decoder:
+            x = layer(x, mask, memory)
+        logits = nn.functional.linear(model.decoder_norm(x[:, -1]), model.embedding.weight)
+        log_p = logits.log_softmax(-1).unflatten(0, (-1, k)) + scores[:, :, None]
+        scores, place = log_p.flatten(1).topk(k)
+        rows = (first + place // log_p.shape[2]).flatten()
+        prefix = torch.cat([prefix[rows], (place % log_p.shape[2]).flatten()[:, None]], 1)
+    return prefix
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=["vae"])
+    parser.add_argument("name", choices=["vae", "mt"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     known, rest = parser.parse_known_args()  # the rest are flags of the script
-    {"vae": vae}[known.name](rest or ["--data", "demo"], known.rounds, known.steps)
+    {"vae": vae, "mt": mt}[known.name](rest or ["--data", "demo"], known.rounds, known.steps)
