@@ -119,7 +119,12 @@ class BLSTM(nn.Module):
 
     def forward(self, x, lengths):
         """(B, T, F), (B,) -> (B, T, 2 hidden), zero behind each sequence's end."""
-        y = torch.cat([self.forth(x)[0], reverse(self.back(reverse(x, lengths))[0], lengths)], -1)
+        if x.is_cuda:  # where autocast turns an LSTM into float16, whatever it is told, and gradients vanish
+            with torch.autocast("cuda", enabled=False):
+                forth, back = self.forth(x.float())[0], self.back(reverse(x.float(), lengths))[0]
+        else:
+            forth, back = self.forth(x)[0], self.back(reverse(x, lengths))[0]
+        y = torch.cat([forth, reverse(back, lengths)], -1)
         return y * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[:, :, None]
 
 
