@@ -15,9 +15,9 @@
 RESULTS_GO_HERE
 
 Papers: Liu et al., "A ConvNet for the 2020s", 2022, arXiv 2201.03545; Wen et al., "A Discriminative Feature
-Learning Approach for Deep Face Recognition" (center loss), 2016; Deng et al., "ArcFace", 2019, arXiv 1801.07698;
-Huang et al., "Stochastic Depth", 2016, arXiv 1603.09382. Data: CMU 11-785 F22 HW2P2 (VGGFace2, Cao et al., 2018);
-Huang et al., "Labeled Faces in the Wild", 2007.
+Learning Approach for Deep Face Recognition" (center loss), 2016; Deng et al., "ArcFace", 2019, arXiv
+1801.07698; Huang et al., "Deep Networks with Stochastic Depth", 2016, arXiv 1603.09382. Data: CMU
+11-785, fall 2022, HW2P2 (Kaggle); Huang et al., "Labeled Faces in the Wild", 2007.
 """
 # /// script
 # requires-python = ">=3.10"
@@ -55,7 +55,7 @@ from torch.utils.flop_counter import FlopCounterMode
 @dataclass
 class Config:
     # the same in all five scripts
-    data: str = "auto"  # demo, hw2p2, hw2p2-full or a folder with one sub-folder per person; auto: hw2p2 or demo
+    data: str = "auto"  # demo, hw2p2, hw2p2-full or a folder of a sub-folder per person; auto: hw2p2 or demo
     out: str = ""  # the run's folder; empty: out/SCRIPT-DATA
     save: str = ""  # where predictions go; empty: beside the checkpoint
     ckpt: str = ""  # checkpoint for every mode but train; empty: the newest best.pt of this script
@@ -92,7 +92,7 @@ FULL = {"size": "tiny", "image_size": 224, "stem_stride": 4, "batch_size": 512, 
         "warmup": 2000, "drop_path": 0.2, "ema": 0.9999, "eval_every": 2000, "save_every": 1000}
 PRESETS = {"demo": {"size": "mini", "image_size": 48, "epochs": 30, "ema": 0.99, "eval_every": 200},
            "hw2p2": {}, "hw2p2-full": FULL}
-MODES = {"train": "(default) train and test", "eval": "test a checkpoint, scores as CSV; with --pairs as on LFW",
+MODES = {"train": "(default) train and test", "eval": "test a checkpoint, on LFW with --pairs and --images",
          "verify": "IMAGE IMAGE: is it the same person?", "bench": "time the training step",
          "identify": "GALLERY IMAGE...: who of the gallery, one sub-folder per person, is in each image?"}
 SHAPE = {"size", "image_size", "stem_stride", "loss"}  # what a checkpoint alone decides
@@ -104,7 +104,7 @@ SIZES = {"mini": ((1, 1, 2, 1), (24, 48, 96, 192)), "atto": ((2, 2, 6, 2), (40, 
 
 # MODEL ------------------------------------------------------------------------------------------------------
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, H, W); in the channels-last format the permutations cost nothing."""
+    """LayerNorm over the channels of (B, C, H, W); channels-last, the permutations cost nothing."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -160,10 +160,9 @@ class ConvNeXt(nn.Module):
         rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
         self.downsample, self.stages = nn.ModuleList(), nn.ModuleList()
         for i, (depth, dim) in enumerate(zip(depths, dims)):
-            self.downsample.append(
-                nn.Sequential(LayerNorm2d(dims[i - 1], eps=1e-6), nn.Conv2d(dims[i - 1], dim, 2, stride=2)) if i
-                else nn.Sequential(nn.Conv2d(3, dim, 4, stem_stride, (4 - stem_stride) // 2),
-                                   LayerNorm2d(dim, eps=1e-6)))
+            stem = nn.Conv2d(3, dim, 4, stem_stride, (4 - stem_stride) // 2), LayerNorm2d(dim, eps=1e-6)
+            between = LayerNorm2d(dims[i - 1], eps=1e-6), nn.Conv2d(dims[i - 1], dim, 2, stride=2)
+            self.downsample.append(nn.Sequential(*(between if i else stem)))
             self.stages.append(nn.Sequential(*(Block(dim, rates.pop(0), layer_scale) for _ in range(depth))))
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head = CosineHead(dims[-1], num_classes) if cosine else nn.Linear(dims[-1], num_classes)
@@ -179,7 +178,7 @@ class ConvNeXt(nn.Module):
         return self.norm(x.mean((2, 3)))
 
     def forward(self, x, with_features=False):
-        """(B, 3, S, S) -> logits (B, num_classes) in float32 also under autocast, with features (B, D) if asked."""
+        """(B, 3, S, S) -> logits (B, num_classes), with features (B, D) if asked, in float32 always."""
         features = self.forward_features(x).float()
         with torch.autocast(x.device.type, enabled=False):
             logits = self.head(features)
@@ -192,14 +191,14 @@ class ConvNeXt(nn.Module):
 
 def from_torchvision(state_dict):
     """torchvision's names, and shapes of gamma, turned into those of `ConvNeXt`."""
-    names = {r"features\.0\.([01])\.": r"downsample.0.\1.", r"classifier\.0\.": "norm.", r"classifier\.2\.": "head.",
-             r"\.block\.0\.": ".depthwise.", r"\.block\.2\.": ".norm.", r"\.block\.3\.": ".expand.",
-             r"\.block\.5\.": ".reduce.", r"\.layer_scale$": ".gamma"}
+    names = {r"features\.0\.([01])\.": r"downsample.0.\1.", r"classifier\.0\.": "norm.",
+             r"classifier\.2\.": "head.", r"\.block\.0\.": ".depthwise.", r"\.block\.2\.": ".norm.",
+             r"\.block\.3\.": ".expand.", r"\.block\.5\.": ".reduce.", r"\.layer_scale$": ".gamma"}
     state = {}
     for key, value in state_dict.items():
         for old, new in names.items():
             key = re.sub(old, new, key)
-        if found := re.match(r"features\.(\d)\.(.*)", key):  # stages are 1, 3, 5, 7, what is between them 2, 4, 6
+        if found := re.match(r"features\.(\d)\.(.*)", key):  # stages are 1, 3, 5, 7
             number, rest = int(found[1]), found[2]
             key = f"stages.{number // 2}.{rest}" if number % 2 else f"downsample.{number // 2}.{rest}"
         state[key] = value.flatten() if key.endswith("gamma") else value
@@ -211,7 +210,7 @@ class CenterLoss(nn.Module):
 
     forward(features (B, D), labels (B,)) -> the mean over the batch, or with reduction="sum" the paper's sum.
     The centers are no parameters: `update` moves each by alpha times the mean distance of its samples, with 1
-    added to their number (equation 4). Over several processes the sums go over all, so that it is as with one.
+    added to their number (equation 4). The sums go over all processes, so that several do as one does.
     """
 
     def __init__(self, num_classes, dim, alpha=0.5):
@@ -234,8 +233,8 @@ class CenterLoss(nn.Module):
 
 
 def add_margin(logits, labels, scale=32.0, margin=0.4):
-    """ArcFace: scale * cos(theta) becomes scale * cos(theta + margin) for each sample's own class (equation 3):
-    (B, num_classes), labels (B,) -> (B, num_classes). Where theta + margin > pi it goes on falling linearly."""
+    """ArcFace: s cos(theta) becomes s cos(theta + margin) for each sample's own class (equation 3):
+    (B, classes), labels (B,) -> (B, classes). Where theta + margin > pi it goes on falling linearly."""
     cos = (logits.gather(1, labels[:, None]) / scale).clamp(-1 + 1e-6, 1 - 1e-6)
     moved = cos * math.cos(margin) - (1 - cos**2).sqrt() * math.sin(margin)
     moved = torch.where(cos > -math.cos(margin), moved, cos - margin * math.sin(margin))
@@ -249,89 +248,94 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, so that 
 
 
 def demo_faces(first, people, each, size):
-    """Generated faces of the people first, first + 1, ...: (people * each, 3, size, size) uint8, labels. A person
-    is a draw of proportions and colours; pose, light, expression, background and noise are drawn per image."""
-    images = []
+    """Generated faces of the people first, first + 1, ...: (people * each, 3, size, size) uint8, labels. A
+    person is a draw of proportions and colours; pose, light, expression, background, noise vary per image."""
+    images, axis = [], torch.linspace(-1, 1, size)
     for person in range(first, first + people):
         g = torch.Generator().manual_seed(seed_for("face", person))
-        who = iter(torch.rand(40, generator=g).tolist())
-        now = 2 * torch.rand(30, each, 1, 1, generator=g) - 1  # of each image: (each, 1, 1) in -1 to 1
-        now = iter(now)
+        who = iter(torch.rand(50, generator=g).tolist())
+        now = iter(2 * torch.rand(30, each, 1, 1, generator=g) - 1)  # each (each, 1, 1), in -1 to 1
 
         def trait(low, high):
             return low + (high - low) * next(who)
 
-        axis = torch.linspace(-1, 1, size)
+        def paint(inside, colour):
+            """Lays a colour where `inside` (each, size, size) is above 0, with soft edges."""
+            canvas.lerp_(torch.tensor(colour).view(3, 1, 1), torch.sigmoid(20 * inside)[:, None])
+
+        def oval(cx, cy, rx, ry):
+            return (1 - (((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2).sqrt()) * 8 * rx
+
         turn, zoom = 0.2 * next(now), 1.15 + 0.12 * next(now)
         x, y = axis[None, None, :] - 0.12 * next(now), axis[None, :, None] - 0.12 * next(now)
         x, y = zoom * (x * turn.cos() + y * turn.sin()), zoom * (y * turn.cos() - x * turn.sin())
         yaw, pitch, smile, gape = 0.16 * next(now), 0.08 * next(now), next(now), next(now)
-        canvas = 0.5 + 0.4 * torch.cat([next(now)[:, None] for _ in range(3)], 1)  # (each, 3, 1, 1)
-        canvas = canvas + 0.15 * (next(now) * x + next(now) * y)[:, None]
-
-        def paint(inside, colour):
-            """Blends a colour in where `inside` (each, size, size) is above 0, with soft edges."""
-            nonlocal canvas
-            mask = torch.sigmoid(10 * inside)[:, None]
-            canvas = canvas + mask * (torch.tensor(colour).view(3, 1, 1) - canvas)
-
-        def oval(cx, cy, rx, ry):
-            return 1 - (((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2).sqrt()
-
-        dark = trait(0, 1)
-        skin = [a + (b - a) * dark for a, b in zip((0.98, 0.82, 0.70), (0.42, 0.27, 0.18))]
-        hair = [trait(0.03, 0.85)] * 3
-        hair = [hair[0], hair[0] * trait(0.5, 0.95), hair[0] * trait(0.2, 0.8)]
+        canvas = 0.5 + 0.4 * torch.stack([next(now) + 0.3 * next(now) * x for _ in range(3)], 1)
+        dark, light = trait(0, 1), trait(0.05, 0.85)
+        skin = [a + (b - a) * dark for a, b in ((0.98, 0.42), (0.82, 0.27), (0.70, 0.18))]
+        hair = [light, light * trait(0.5, 0.95), light * trait(0.2, 0.8)]
         eye = [trait(0.05, 0.4), trait(0.1, 0.55), trait(0.05, 0.7)]
-        wide, high, long = trait(0.48, 0.7), trait(0.68, 0.88), trait(0.1, 0.9)
-        paint(torch.minimum(8 * oval(0, -0.15, wide + trait(0.06, 0.26), high + 0.12), 8 * (long - y)), hair)
-        paint(8 * oval(0, 0, wide, high), skin)
-        paint(8 * torch.minimum(oval(0, 0, wide, high), trait(-0.65, -0.3) - y + trait(-0.5, 0.5) * (x - yaw)), hair)
-        if next(who) < 0.3:  # a beard
-            paint(8 * torch.minimum(oval(0, 0, wide, high), y - trait(0.25, 0.5) - 0.3 * pitch), hair)
+        wide, high = trait(0.48, 0.7), trait(0.68, 0.88)
+        face = oval(0, 0, wide, high)
+        paint(torch.minimum(oval(0, -0.15, wide + trait(0.06, 0.26), high + 0.12), trait(0.1, 0.9) - y), hair)
+        paint(face, skin)
+        paint(torch.minimum(face, trait(-0.65, -0.3) - y + trait(-0.5, 0.5) * (x - yaw)), hair)  # a fringe
+        if trait(0, 1) < 0.3:
+            paint(torch.minimum(face, y - trait(0.25, 0.5) - 0.3 * pitch), hair)  # a beard
         apart, level, big = trait(0.19, 0.32), trait(-0.2, 0.02) + pitch, trait(0.07, 0.13)
-        brow, slant, thick, glasses = trait(0.12, 0.24), trait(-0.35, 0.35), trait(0.02, 0.06), next(who) < 0.3
+        brow, slant, thick = trait(0.14, 0.26), trait(-0.35, 0.35), trait(0.02, 0.06)
+        glasses = trait(0, 1) < 0.3
         for side in (-1, 1):
             cx = side * apart + yaw
-            paint(4 * oval(cx, level, 1.5 * big, big * (0.8 + 0.2 * gape)), (0.95, 0.95, 0.95))
-            paint(4 * oval(cx + 0.3 * yaw, level, 0.75 * big, 0.75 * big), eye)
+            paint(oval(cx, level, 1.5 * big, big * (0.8 + 0.2 * gape)), (0.95, 0.95, 0.95))
+            paint(oval(cx + 0.3 * yaw, level, 0.75 * big, 0.75 * big), eye)
             tilt = y - level + brow - slant * side * (x - cx) + 0.03 * smile
-            paint(20 * torch.minimum(thick - tilt.abs(), 0.15 - (x - cx).abs()), [0.7 * c for c in hair])
+            paint(torch.minimum(thick - tilt.abs(), 0.15 - (x - cx).abs()), [0.7 * c for c in hair])
             if glasses:
-                paint(20 * (0.03 - 0.2 * oval(cx, level, 0.2, 0.17).abs()), (0.1, 0.1, 0.12))
-        paint(6 * oval(1.5 * yaw, trait(0.1, 0.25) + pitch, trait(0.05, 0.14), trait(0.06, 0.16)), [0.8 * c for c in skin])
-        mouth, lips = trait(0.38, 0.54) + pitch, trait(0.02, 0.07)
-        bend = y - mouth + 0.5 * smile * (x - yaw) ** 2
-        paint(20 * torch.minimum(lips + 0.02 * gape - bend.abs(), trait(0.12, 0.3) - (x - yaw).abs()),
+                paint(0.03 - oval(cx, level, 0.2, 0.17).abs() / 8, (0.1, 0.1, 0.12))
+        nose = oval(1.5 * yaw, trait(0.1, 0.25) + pitch, trait(0.05, 0.14), trait(0.06, 0.16))
+        paint(nose, [0.8 * c for c in skin])
+        bend = y - trait(0.38, 0.54) - pitch + 0.5 * smile * (x - yaw) ** 2
+        paint(torch.minimum(trait(0.02, 0.07) + 0.02 * gape - bend.abs(), trait(0.12, 0.3) - (x - yaw).abs()),
               (trait(0.5, 0.9), 0.25, 0.3))
         light = 1 + 0.15 * next(now) + 0.3 * (next(now) * x + next(now) * y)
-        tint = 1 + 0.08 * torch.cat([next(now)[:, None] for _ in range(3)], 1)
-        noise = 0.04 * torch.randn(each, 3, size, size, generator=g)
-        images.append((255 * (canvas * light[:, None] * tint + noise).clamp(0, 1)).byte())
+        canvas *= torch.stack([light * (1 + 0.08 * next(now)) for _ in range(3)], 1)
+        canvas += 0.04 * torch.randn(canvas.shape, generator=g)
+        images.append((255 * canvas.clamp(0, 1)).byte())
     return torch.cat(images), torch.arange(people).repeat_interleave(each)
 
 
-def read_image(path, size, lfw=False):
-    """A file of any mode and depth -> RGB (size, size, 3) uint8. LFW's own images are 250x250 with the face in
-    the middle 112; of others, the middle square counts."""
+def demo_data(size):
+    """60 people to learn, 40 / 5 / 5 images each, and 40 others, of whom the first image each is known."""
+    (images, labels), (others, owners) = demo_faces(0, 60, 50, size), demo_faces(60, 40, 15, size)
+    place, order = torch.arange(3000) % 50, torch.arange(600).view(40, 15).T.flatten()
+    parts = {"train": place < 40, "val": (place >= 40) & (place < 45), "test": place >= 45}
+    return {name: (images[mask], labels[mask]) for name, mask in parts.items()} | {
+        "classes": [f"person {i}" for i in range(60)], "unseen": (others[order], owners[order]), "known": 40,
+        "names": [f"person {60 + i % 40}/{i // 40}" for i in range(600)], "submit": {}}
+
+
+def read_image(path, size, lfw):
+    """A file of any mode and depth -> RGB (size, size, 3) uint8: its middle square; of LFW's own 250x250
+    images the middle 112x112, where the face is."""
     from PIL import Image, ImageOps
     with Image.open(path) as image:
-        if image.size[0] * image.size[1] > 50e6:  # before anything is decoded
-            raise ValueError(f"{image.size} pixels are too many")
+        if image.size[0] * image.size[1] > 5e7:  # seen before anything is decoded
+            raise ValueError(f"{image.size} are too many pixels")
         if image.mode[0] in "IF":  # more than 8 bits, which convert("RGB") would clip
             values = np.asarray(image, float)
             image = Image.fromarray((values * 255 / max(1, values.max())).clip(0, 255).astype(np.uint8))
         image = ImageOps.exif_transpose(image).convert("RGB")
         if lfw and image.size == (250, 250):
             image = image.crop((69, 69, 181, 181))
-        return np.asarray(ImageOps.fit(image, (size, size)))
+        return np.array(ImageOps.fit(image, (size, size)))
 
 
-def read_faces(paths, size, cache=None, lfw=False):
+def read_faces(paths, size, cache="", lfw=False):
     """(images (N, 3, size, size) uint8, which of the paths they are) of the readable images. With a name as
     `cache` the result is kept in data/CACHE/cache, under a key made of all that goes in."""
-    names = [f"{path} {path.stat().st_mtime_ns if path.exists() else 0}" for path in paths]
-    kept = Path("data", cache or "", "cache", f"faces-{seed_for('faces 1', names, size, lfw):x}.pt")
+    stamps = [f"{path} {path.stat().st_mtime_ns if path.exists() else 0}" for path in paths]
+    kept = Path("data", cache, "cache", f"faces-{seed_for('faces 1', stamps, size, lfw):x}.pt")
     if cache and kept.exists():
         return torch.load(kept, weights_only=True, mmap=True)
     images, good, bad = torch.empty(len(paths), size, size, 3, dtype=torch.uint8), [], []
@@ -339,17 +343,18 @@ def read_faces(paths, size, cache=None, lfw=False):
     def read(i):
         try:
             images[i] = torch.from_numpy(read_image(paths[i], size, lfw))
+            good.append(i)
         except Exception as e:  # a damaged image can raise nearly anything
-            return f"{paths[i]} ({type(e).__name__})"
+            bad.append(f"{paths[i]} ({type(e).__name__})")
 
     with ThreadPoolExecutor() as pool:
-        for i, problem in enumerate(pool.map(read, range(len(paths)))):
-            good, bad = (good, [*bad, problem]) if problem else (good + [i], bad)
+        list(pool.map(read, range(len(paths))))
     if bad:
-        say(f"note: {len(bad)} of {len(paths)} images are unreadable, skipped: {', '.join(bad[:5])}")
+        say(f"note: {len(bad)} of {len(paths)} images are unreadable, skipped: {', '.join(sorted(bad)[:5])}")
     if len(good) <= 19 * len(bad):  # none, or more than 5 % of them bad
-        raise UserError(f"{len(good)} of {len(paths)} images are readable, 95 % must be, and some: {', '.join(bad[:5])}")
-    result = images[good].permute(0, 3, 1, 2).contiguous(), good
+        raise UserError(f"{len(good)} of {len(paths)} images are readable; 95 % must be, and some; not "
+                        f"{', '.join(sorted(bad)[:5])}")
+    result = images[sorted(good)].permute(0, 3, 1, 2).contiguous(), sorted(good)
     if cache and RANK == 0:
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -360,134 +365,111 @@ def read_faces(paths, size, cache=None, lfw=False):
     return result
 
 
-def is_image(path):
-    return path.suffix.lower() in {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+def images_in(folder):
+    kinds = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)
 
 
 def find_people(folder):
     """{person: paths} of a folder with one sub-folder per person; the empty ones are left out and named."""
-    found = {p.name: sorted(q for q in p.rglob("*") if is_image(q)) for p in sorted(folder.iterdir()) if p.is_dir()}
-    if empty := [name for name, paths in found.items() if not paths]:
+    people = {p.name: images_in(p) for p in sorted(folder.iterdir()) if p.is_dir()}
+    if empty := [name for name, paths in people.items() if not paths]:
         say(f"note: {len(empty)} sub-folders of {folder} are empty, skipped: {', '.join(empty[:5])}")
-    return {name: paths for name, paths in found.items() if paths}
+    return {name: paths for name, paths in people.items() if paths}
 
 
-def read_split(people, classes, cfg):
-    """(images, labels) of {person: paths}; labels are places in `classes`."""
-    paths = [path for found in people.values() for path in found]
-    labels = torch.tensor([classes.index(name) for name, found in people.items() for _ in found])
-    images, good = read_faces(paths, cfg.image_size, Path(cfg.data).name)
-    return images, labels[good]
-
-
-def inside(folder, name):
-    """The sub-folder of that name, in `folder` or up to two levels below."""
-    return next((p for where in ("", "*/", "*/*/") for p in sorted(folder.glob(where + name)) if p.is_dir()), None)
+def share_out(people):
+    """{split: {person: paths}}: of 20 people or more every tenth is kept unseen; of the others' images
+    a tenth each goes to "val" and to "test", at least one of three."""
+    away = list(people)[9::10] if len(people) >= 20 else []
+    parts = {"train": {}, "val": {}, "test": {}, "unseen": {name: people[name] for name in away}}
+    for name in people.keys() - set(away):
+        paths, n = people[name], max(len(people[name]) // 10, int(len(people[name]) > 2))
+        for part, some in (("val", paths[:n]), ("test", paths[n : 2 * n]), ("train", paths[2 * n :])):
+            parts[part] |= {name: some} if some else {}
+    return parts
 
 
 def read_identities(path, files):
-    """The name of each file in a CSV of id,label (an id is a file's name or place), as dev_identities.csv."""
-    names, places = [None] * len(files), {p.name: i for i, p in enumerate(files)}
-    places |= {p.stem: i for p, i in zip(files, range(len(files)))} | {str(i): i for i in range(len(files))}
-    with path.open(newline="", encoding="utf-8") as f:
-        for number, row in enumerate(csv.reader(f), 1):
-            if number == 1 and row[:1] == ["id"] or not row:
-                continue
-            if len(row) != 2 or row[0].strip() not in places or not row[1].strip():
-                raise UserError(f"{path}, line {number}: {','.join(row)!r} is not id,label of one of {len(files)} files")
-            names[places[row[0].strip()]] = row[1].strip()
-    if None in names:
-        raise UserError(f"{path}: says nothing of {files[names.index(None)].name}; it must name all of {len(files)} files")
-    return names
+    """[(person, file)] as a CSV of id,label says, where an id is a file's name or its place in the list."""
+    ids, found = {key: file for i, file in enumerate(files) for key in (str(i), file.name)}, {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        key, _, label = (part.strip() for part in line.partition(","))
+        if key in ids and label and "," not in label:
+            found[ids[key]] = label
+        elif line.strip() and (number, key) != (1, "id"):
+            raise UserError(f"{path}, line {number}: {line!r} is not id,label with one of {len(files)} ids")
+    if left := [file.name for file in files if file not in found]:
+        raise UserError(f"{path}: says nothing of {len(left)} of {len(files)} files, such as {left[0]}")
+    return [(found[file], file) for file in files]
 
 
 def load_data(cfg):
-    """{"train", "val", "test": (images (N, 3, S, S) uint8, labels (N,)), "classes": their names; "unseen": images
-    and labels of further people, of whom the first `known` are the gallery, with their "names"; "submit": paths
-    of images without labels}."""
+    """{"train", "val", "test": (images (N, 3, S, S) uint8, labels (N,)), "classes": the labels' names;
+    "unseen": images and labels of further people, the first "known" of them the gallery, with their "names";
+    "submit": files without labels}. Where a set has no test split with labels, "test" is "val"."""
     if cfg.data == "demo":
-        images, labels = demo_faces(0, 60, 50, cfg.image_size)
-        unseen, place = demo_faces(60, 40, 15, cfg.image_size), torch.arange(len(images)) % 50
-        masks = {"train": place < 40, "val": (place >= 40) & (place < 45), "test": place >= 45}
-        order = torch.arange(600).view(40, 15).T.flatten()  # everybody's first image is known
-        return {name: (images[mask], labels[mask]) for name, mask in masks.items()} | {
-            "classes": [f"person {i}" for i in range(60)], "unseen": (unseen[0][order], unseen[1][order]),
-            "known": 40, "names": [f"{60 + i % 40}/{i // 40}" for i in range(600)], "submit": {}}
-    folder = Path("data", "hw2p2") if cfg.data in ("hw2p2", "hw2p2-full") else Path(cfg.data)
+        return demo_data(cfg.image_size)
+    folder = Path("data", "hw2p2") if cfg.data in PRESETS else Path(cfg.data)
     if not folder.is_dir():
-        raise UserError(f"--data {cfg.data}: no such folder as {folder}; {REAL}, or take demo")
-    train, unseen, known, submit, test = inside(folder, "train"), {}, 0, {}, None
+        raise UserError(f"--data {cfg.data}: there is no folder {folder}; {REAL}, or take demo")
+    train, known = ([*sorted(folder.glob(name)), *sorted(folder.glob(f"*/{name}")),
+                     *sorted(folder.glob(f"*/*/{name}")), None][0] for name in ("train", "known"))
     if train and (dev := train.with_name("dev")).is_dir():
-        people, held = find_people(train), find_people(dev)
-        held = {name: paths for name, paths in held.items() if name in people}
-        files = sorted(p for p in (train.with_name("test")).glob("*") if is_image(p))
-        submit = {"classification": files} if files else {}
+        parts = {"train": find_people(train), "val": find_people(dev), "unseen": {}}
     else:
-        everybody, people, held, test = find_people(folder), {}, {}, {}
-        names = list(everybody)
-        away = set(names[9::10]) if len(names) >= 20 else set()  # every tenth person is for verification
-        unseen = {name: everybody[name] for name in names if name in away}
-        for name, paths in everybody.items():
-            if name not in away:  # every tenth image, at least one where there are three, to each held-out part
-                share = max(len(paths) // 10, int(len(paths) > 2))
-                people[name] = paths[2 * share :]
-                held |= {name: paths[:share]} if share else {}
-                test |= {name: paths[share : 2 * share]} if share else {}
-    classes = list(people)
-    if len(classes) < 2 or not held:
-        raise UserError(f"{folder}: images of {len(classes)} people, {len(held)} of them with enough to test on: it "
-                        "takes two sub-folders, one per person, and three images of somebody")
-    if alone := [name for name, paths in people.items() if len(paths) == 1]:
+        parts, train, known = share_out(find_people(folder)), folder, None
+    classes = sorted(parts["train"])
+    if len(classes) < 2 or not set(classes) & set(parts["val"]):
+        raise UserError(f"{train}: {len(classes)} people with images, {len(parts['val'])} of them with some "
+                        "to test on; it takes two sub-folders, one per person, and three images of somebody")
+    if alone := [name for name in classes if len(parts["train"][name]) == 1]:
         say(f"note: {len(alone)} people have one image to train on: {', '.join(alone[:5])}")
-    data = {name: read_split(part, classes, cfg) for name, part in (("train", people), ("val", held))}
-    data["test"] = read_split(test, classes, cfg) if test else data["val"]
-    if gallery := inside(folder, "known"):
-        files = sorted(p for p in gallery.with_name("unknown_dev").glob("*") if is_image(p))
-        named = read_identities(gallery.with_name("dev_identities.csv"), files) if files else []
-        pairs = [(name, path) for name, paths in find_people(gallery).items() for path in paths]
-        known, pairs = len(pairs), pairs + list(zip(named, files))
-        if files := sorted(p for p in gallery.with_name("unknown_test").glob("*") if is_image(p)):
-            submit["verification"] = files
-    else:
-        pairs = sorted((i, name, path) for name, paths in unseen.items() for i, path in enumerate(paths))
-        known, pairs = len(unseen), [pair[1:] for pair in pairs][:2000]
-    if pairs:
-        if shared := sorted(set(classes) & {name for name, _ in pairs}):
-            say(f"warning: trained on and verified, which flatters: {len(shared)} people, {', '.join(shared[:5])}")
-        names = sorted({name for name, _ in pairs})
+
+    def read(pairs, names):
         images, good = read_faces([path for _, path in pairs], cfg.image_size, Path(cfg.data).name)
-        known, pairs = sum(i < known for i in good), [pairs[i] for i in good]
-        unseen = images, torch.tensor([names.index(name) for name, _ in pairs])
-        names = [f"{name}/{path.name}" for name, path in pairs]
-    else:
-        say("note: fewer than 20 people, so verification is measured on the people trained on")
-        unseen, names = data["test"], [f"{classes[c]}/{i}" for i, c in enumerate(data["test"][1].tolist())]
-    return data | {"classes": classes, "unseen": unseen, "known": known, "names": names, "submit": submit}
+        return images, torch.tensor([names.index(pairs[i][0]) for i in good]), [pairs[i] for i in good]
+
+    data = {"classes": classes, "submit": {}}
+    for split in ("train", "val", "test"):
+        pairs = [(name, path) for name in classes for path in parts.get(split, {}).get(name, ())]
+        data[split] = read(pairs, classes)[:2] if pairs else data["val"]
+    gallery, queries = [], []
+    if known:
+        gallery = [(name, path) for name, paths in find_people(known).items() for path in paths]
+        if files := images_in(known.with_name("unknown_dev")):
+            queries = read_identities(known.with_name("dev_identities.csv"), files)
+        places = {"classification": train / "../test", "verification": known / "../unknown_test"}
+        for name, place in places.items():
+            data["submit"] |= {name: files} if (files := images_in(place)) else {}
+    for name, paths in () if known else (parts["unseen"] or parts["val"]).items():
+        gallery, queries = [*gallery, (name, paths[0])], [*queries, *((name, path) for path in paths[1:])]
+    pairs = [*gallery, *queries][:3000]
+    if shared := sorted({name for name, _ in pairs} & set(classes)):
+        say(f"warning: {len(shared)} people are verified that are trained on: {', '.join(shared[:5])}")
+    images, owners, pairs = read(pairs, sorted({name for name, _ in pairs}))
+    first = sum(pair in pairs for pair in gallery[:3000])
+    names = [f"{name}/{path.name}" for name, path in pairs]
+    return data | {"unseen": (images, owners), "known": first, "names": names}
 
 
 def read_pairs(path, folder):
-    """LFW's pairs as [(file, file, same, fold)] and the number of folds. The first line says how many pairs of
-    each kind there are (View 1), or how many folds and pairs of each kind in a fold (pairs.txt)."""
-    lines = [line.split("\t") if "\t" in line else line.split()
-             for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    try:
-        folds, each = (int(field) for field in (["1"] + lines[0])[-2:])
-    except (ValueError, IndexError):
-        raise UserError(f"{path}, line 1: must hold the number of pairs, or of folds and pairs in each") from None
-    pairs = []
-    for number, fields in enumerate(lines[1:], 2):
+    """([(file, file, same, fold)], number of folds) of a pairs file of LFW's. Its first line says how many
+    pairs of each kind there are (View 1), or how many folds, and pairs of each kind in each (pairs.txt)."""
+    head, *lines = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines()] or [[]]
+    if not 1 <= len(head) <= 2 or not all(field.isdigit() and int(field) for field in head):
+        raise UserError(f"{path}, line 1: must hold the number of pairs, or of folds and of pairs in each")
+    folds, each, pairs = int(head[0]) if len(head) == 2 else 1, int(head[-1]), []
+    for number, fields in enumerate(lines, 2):
         if not fields:
             continue
-        try:
-            (a, i), (b, j) = (fields[:2], fields[-2:]) if len(fields) == 4 else (fields[:2], fields[::2])
-            if len(fields) not in (3, 4) or min(int(i), int(j)) < 0 or {"..", ""} & {a, b} or "/" in a + b:
-                raise ValueError
-        except ValueError:
-            raise UserError(f"{path}, line {number}: {' '.join(fields)!r} is not NAME I J or NAME I NAME J") from None
-        found = [next(iter(sorted((folder / name).glob(f"{name}_{int(k):04d}.*"))), folder / name / f"{name}_{int(k):04d}.jpg")
-                 for name, k in ((a, i), (b, j))]
-        pairs.append((*found, len(fields) == 3, len(pairs) // (2 * each) if each else 0))
-    if len(pairs) != 2 * folds * each or not pairs:
+        a, i, b, j = [*fields[:2], fields[0], *fields[2:]] if len(fields) == 3 else [*fields, *"????"][:4]
+        if len(fields) not in (3, 4) or not (i.isdigit() and j.isdigit()) or "/" in a + b:
+            raise UserError(f"{path}, line {number}: {' '.join(fields)!r} is not NAME I J, or NAME I NAME J")
+        files = (folder / a / f"{a}_{int(i):04d}.jpg", folder / b / f"{b}_{int(j):04d}.jpg")
+        files = (f if f.exists() else f.with_suffix(".png") for f in files)
+        pairs.append((*files, len(fields) == 3, len(pairs) // (2 * each)))
+    if len(pairs) != 2 * folds * each:
         raise UserError(f"{path}: {len(pairs)} pairs, where its first line announces {2 * folds * each}")
     return pairs, folds
 
@@ -508,9 +490,11 @@ def augment(x, strength):
     pale = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.1 * strength  # some lose their colour altogether
     x = torch.where(pale, grey, grey + (x - grey) * (1 + draw(0.4, 1, 1, 1)))
     middle = x.mean((1, 2, 3), keepdim=True)
-    x = (middle + (x - middle) * (1 + draw(0.4, 1, 1, 1))) * (1 + draw(0.4, 1, 1, 1)) * (1 + draw(0.08, 3, 1, 1))
+    x = (middle + (x - middle) * (1 + draw(0.4, 1, 1, 1))) * (1 + draw(0.4, 1, 1, 1))  # contrast, brightness
+    x = x * (1 + draw(0.08, 3, 1, 1))
     axis = torch.linspace(-1, 1, x.shape[2], device=x.device)
-    half = 0.35 * torch.rand(len(x), 2, 1, device=x.device) * (torch.rand(len(x), 1, 1, device=x.device) < strength / 2)
+    half = 0.35 * torch.rand(len(x), 2, 1, device=x.device)  # of every other sample a rectangle is erased
+    half = half * (torch.rand(len(x), 1, 1, device=x.device) < strength / 2)
     near = (axis - (2 * torch.rand(len(x), 2, 1, device=x.device) - 1)).abs() < half  # (B, 2, S)
     return x.clamp(0, 1).masked_fill((near[:, 0, :, None] & near[:, 1, None, :])[:, None], 0.5)
 
@@ -524,11 +508,11 @@ def normalised(images, device, strength=0.0):
 
 # METRICS ----------------------------------------------------------------------------------------------------
 def roc(scores, same):
-    """(false accept rate, true accept rate, threshold), one place for each distinct score, from the highest down,
-    and before them (0, 0, inf). ValueError unless there are pairs of both kinds, as many as finite scores."""
+    """(false accept rate, true accept rate, threshold) for each distinct score, from the highest down, and
+    before them (0, 0, inf). ValueError unless there are pairs of both kinds, as many as finite scores."""
     scores, same = (np.asarray(v, float).ravel() for v in (scores, same))
     if scores.shape != same.shape or not 0 < same.sum() < len(same) or not np.isfinite(scores).all():
-        raise ValueError(f"{len(scores)} scores, which must be finite, for {same.sum():.0f} same of {len(same)} pairs")
+        raise ValueError(f"{len(scores)} scores, {same.sum():.0f} of {len(same)} pairs the same: takes both")
     order = np.argsort(-scores, kind="stable")
     scores, same = scores[order], same[order]
     last = np.r_[np.flatnonzero(np.diff(scores)), len(scores) - 1]  # of equal scores
@@ -539,30 +523,30 @@ def roc(scores, same):
 
 def verification_metrics(scores, same):
     """Figures of scores (N,), the higher the more alike, for pairs that are the same person's or not (N,):
-    {"auc", "eer", "tar_at_far": {0.01, 0.001}, "threshold"}, all but the last 0-1. The EER is where the straight
-    lines between the ROC's points cross FAR = 1 - TAR; the threshold is the score there. ValueError: see `roc`."""
+    {"auc", "eer", "tar_at_far": {0.01, 0.001}, "threshold"}, all but the last 0-1. The EER is where straight
+    lines between the ROC's points cross FAR = 1 - TAR, the threshold the score there. ValueError as `roc`."""
     far, tar, threshold = roc(scores, same)
-    auc = float(((far[1:] - far[:-1]) * (tar[1:] + tar[:-1]) / 2).sum())
     excess = far - (1 - tar)  # rises from -1 to 1
     i = int(np.argmax(excess >= 0))
     share = -excess[i - 1] / (excess[i] - excess[i - 1])
-    tars = {limit: float(tar[far <= limit].max()) for limit in (0.01, 0.001)}
-    return {"auc": auc, "eer": float(far[i - 1] + share * (far[i] - far[i - 1])), "tar_at_far": tars,
+    return {"auc": float((np.diff(far) * (tar[1:] + tar[:-1]) / 2).sum()),
+            "eer": float(far[i - 1] + share * (far[i] - far[i - 1])),
+            "tar_at_far": {limit: float(tar[far <= limit].max()) for limit in (0.01, 0.001)},
             "threshold": float(threshold[i])}
 
 
 def best_threshold(scores, same):
-    """The threshold that most pairs are judged rightly with, in the middle between two scores."""
+    """The threshold, in the middle between two scores, that most pairs are judged rightly with."""
     far, tar, threshold = roc(scores, same)
     positive = float(np.asarray(same, float).sum())
     i = int(np.argmax(tar * positive - far * (len(scores) - positive)))
-    above = threshold[i] if i else threshold[1] + 2
-    return float((above + (threshold[i + 1] if i + 1 < len(threshold) else above - 2)) / 2)
+    threshold = np.r_[threshold[1] + 1, threshold[1:], threshold[-1] - 1]
+    return float((threshold[i] + threshold[i + 1]) / 2)
 
 
 def lfw_accuracy(scores, same, folds):
-    """LFW's protocol: each fold is judged with the threshold best on all others: scores (N,), same (N,), folds (N,)
-    -> mean accuracy over the folds (0-1) and its standard error (Huang et al., 2007)."""
+    """LFW's protocol: each fold is judged with the threshold best on all others: scores (N,), same (N,),
+    folds (N,) -> mean accuracy over the folds (0-1) and its standard error (Huang et al., 2007)."""
     scores, same, folds = np.asarray(scores, float), np.asarray(same, bool), np.asarray(folds)
     right = []
     for fold in np.unique(folds):
@@ -590,164 +574,159 @@ def embed(model, images, device):
 
 
 def all_pairs(embeddings, labels):
-    """Of every two of N faces: places (P,), (P,), cosines (P,), and whether they are the same person's (P,)."""
+    """Of every two of N faces: places (P,), (P,), cosines (P,), same person or not (P,)."""
     i, j = torch.triu_indices(len(labels), len(labels), 1)
     return i, j, (embeddings @ embeddings.T)[i, j], labels[i] == labels[j]
 
 
-def percent(metrics):
-    """What `verification_metrics` gives, as figures in percent."""
+def verification(scores, same):
+    """`verification_metrics` as figures in percent, and the threshold."""
+    metrics = verification_metrics(scores, same)
     return {"eer": 100 * metrics["eer"], "auc": 100 * metrics["auc"]} | {
-        f"tar@{limit:g}": 100 * tar for limit, tar in metrics["tar_at_far"].items()}
+        f"tar@{limit:g}": 100 * tar for limit, tar in metrics["tar_at_far"].items()}, metrics["threshold"]
 
 
 def evaluate(model, data, split, device):
-    """(figures in percent, embeddings of the unseen faces, classes of the split, the threshold at the EER).
+    """(figures in percent, classes of the split, embeddings of the unseen faces, the threshold at their EER).
     `ident` is the share of unseen faces whose nearest known face, by cosine, is the same person's."""
-    _, classes = embed(model, data[split][0], device)
-    z, labels = embed(model, data["unseen"][0], device)[0], data["unseen"][1]
-    hits, known = (classes == data[split][1][:, None]).float(), data["known"]
+    classes, labels = embed(model, data[split][0], device)[1], data["unseen"][1]
+    z, known = embed(model, data["unseen"][0], device)[0], data["known"]
+    hits = classes == data[split][1][:, None]
     _, _, scores, same = all_pairs(z, labels)
-    figures, threshold = {"acc": 100 * hits[:, 0].mean().item()}, 0.5
+    figures, threshold = {"acc": 100 * hits[:, 0].float().mean().item()}, 0.5
     if 0 < same.sum() < len(same):
-        metrics = verification_metrics(scores, same)
-        figures, threshold = figures | percent(metrics), metrics["threshold"]
-    figures["top5"] = 100 * hits.amax(1).mean().item() if classes.shape[1] == 5 else 100.0
-    if 0 < known < len(labels):
+        more, threshold = verification(scores, same)
+        figures |= more
+    figures["top5"] = 100 * hits.any(1).float().mean().item()
+    if 0 < known < len(z):
         nearest = labels[:known][(z[known:] @ z[:known].T).argmax(1)]
         figures["ident"] = 100 * (nearest == labels[known:]).float().mean().item()
-    return figures, z, classes, threshold
+    return figures, classes, z, threshold
 
 
 def score(model, cfg, data, folder, device):
-    """The figures of the test set; writes the scores as CSV, and the pictures."""
-    figures, z, classes, threshold = evaluate(model, data, "test", device)
-    if RANK == 0:
-        i, j, scores, same = all_pairs(z, data["unseen"][1])
-        names = data["names"]
-        write_csv(folder / "pairs.csv", ("a", "b", "same", "score"), (
-            (names[a], names[b], int(s), f"{v:.6f}") for a, b, s, v in zip(*(t.tolist() for t in (i, j, same, scores)))))
-        write_csv(folder / "classes.csv", ("label", "top1"), (
-            (data["classes"][a], data["classes"][b]) for a, b in zip(data["test"][1].tolist(), classes[:, 0].tolist())))
-        if 0 < same.sum() < len(same):
-            images = data["unseen"][0]
-            draw(scores, same, lambda k: (images[i[k]], images[j[k]]), threshold, folder)
-    for name, files in data["submit"].items():  # what Kaggle takes
-        images, good = read_faces(files, cfg.image_size, Path(cfg.data).name)
-        found, best = embed(model, images, device)
-        if name == "verification":
-            gallery = [name.split("/")[0] for name in data["names"][: data["known"]]]
-            guesses = [gallery[k] for k in (found @ z[: data["known"]].T).argmax(1).tolist()]
-        else:
-            guesses = [data["classes"][k] for k in best[:, 0].tolist()]
-        if RANK == 0:
-            ids = [files[i].name if name == "classification" else i for i in good]
-            write_csv(folder / f"{name}_submission.csv", ("id", "label"), zip(ids, guesses))
-    return figures | {"n": len(classes), "pairs": len(z) * (len(z) - 1) // 2}
+    """The figures of the test set; writes the scores, and what Kaggle takes, as CSV, and the pictures."""
+    figures, classes, z, threshold = evaluate(model, data, "test", device)
+    i, j, scores, same = all_pairs(z, data["unseen"][1])
+    names, people, images = data["names"], data["classes"], data["unseen"][0]
+    write_csv(folder / "classes.csv", "label,top1", (
+        (people[a], people[b]) for a, b in zip(data["test"][1].tolist(), classes[:, 0].tolist())))
+    write_csv(folder / "pairs.csv", "a,b,same,score", (
+        (names[a], names[b], int(s), f"{v:.6f}")
+        for a, b, s, v in zip(*(column.tolist() for column in (i, j, same, scores)))))
+    if 0 < same.sum() < len(same):
+        draw(scores, same, lambda k: (images[i[k]], images[j[k]]), threshold, folder)
+    for name, files in data["submit"].items():
+        found, good = read_faces(files, cfg.image_size, Path(cfg.data).name)
+        found, classes = embed(model, found, device)
+        nearest = (found @ z[: data["known"]].T).argmax(1).tolist()
+        answers = [n.split("/")[0] for n in names] if name == "verification" else people
+        guesses = nearest if name == "verification" else classes[:, 0].tolist()
+        ids = [str(i) if name == "verification" else files[i].name for i in good]
+        write_csv(folder / f"{name}_submission.csv", "id,label", zip(ids, (answers[g] for g in guesses)))
+    return figures | {"n": len(data["test"][1]), "pairs": len(scores)}
 
 
 def write_csv(path, head, rows):
-    with path.open("w", newline="", encoding="utf-8") as f:
-        csv.writer(f, lineterminator="\n").writerows([head, *rows])
+    if RANK == 0:
+        with path.open("w", newline="", encoding="utf-8") as f:
+            csv.writer(f, lineterminator="\n").writerows([head.split(","), *rows])
 
 
 def draw(scores, same, images_of, threshold, folder):
-    """roc.png: the ROC curve, and how scores are distributed; hardest.png: the pairs judged most wrongly, where
+    """roc.png: the ROC curve, and how scores are distributed; hardest.png: the pairs judged most wrongly.
     images_of(k) gives the two images of a pair."""
     scores, same = np.asarray(scores, float), np.asarray(same, bool)
-    far, tar, _ = roc(scores, same)
-    if figure := new_figure(11, 4.5):
-        left, right = figure.subplots(1, 2)
-        left.plot(far, tar)
-        left.plot([1e-4, 1], [1 - 1e-4, 0], "k:", label="EER")
-        left.set(xlabel="false accept rate", ylabel="true accept rate", xscale="log", xlim=(1e-4, 1), ylim=(0, 1.01),
-                 title=f"ROC, AUC {verification_metrics(scores, same)['auc']:.4f}, {len(scores):,} pairs")
-        left.legend()
-        for kind, label in ((same, "same person"), (~same, "different people")):
-            right.hist(scores[kind], np.linspace(-1, 1, 81), density=True, alpha=0.6, label=label)
-        right.axvline(threshold, color="k", ls=":", label=f"threshold {threshold:.3f}")
-        right.set(xlabel="cosine of the embeddings", ylabel="density", xlim=(min(-0.3, scores.min()), 1))
-        right.legend()
-        figure.savefig(folder / "roc.png", dpi=90)
-    if figure := new_figure(12, 4.2):
-        rows = {"same person": np.flatnonzero(same)[np.argsort(scores[same])[:8]],
-                "different people": np.flatnonzero(~same)[np.argsort(-scores[~same])[:8]]}
-        grid = figure.subplots(2, 8, squeeze=False)
-        for axes, (kind, places) in zip(grid, rows.items()):
-            axes[0].set_ylabel(kind)
-            for cell, k in zip(axes, places):
-                cell.imshow(torch.cat(images_of(int(k)), 1).permute(1, 2, 0).numpy())
-                cell.set_title(f"{scores[k]:.2f}", fontsize=10)
-            for cell in axes:
-                cell.set(xticks=[], yticks=[])
-        figure.suptitle("The pairs judged most wrongly, with their cosines")
-        figure.savefig(folder / "hardest.png", dpi=90)
+    if RANK or not (figure := new_figure(11, 4.5)):
+        return
+    left, right = figure.subplots(1, 2)
+    left.plot(*roc(scores, same)[:2])
+    left.plot(far := np.geomspace(1e-4, 1, 200), 1 - far, "k:", label="where both errors are equal")
+    left.set(xlabel="false accept rate", ylabel="true accept rate", xscale="log", xlim=(1e-4, 1),
+             ylim=(0, 1.01), title=f"ROC of {len(scores):,} pairs")
+    left.legend()
+    for kind, label in ((same, "same person"), (~same, "different people")):
+        right.hist(scores[kind], np.linspace(-1, 1, 81), density=True, alpha=0.6, label=label)
+    right.axvline(threshold, color="k", ls=":", label=f"threshold {threshold:.3f}")
+    right.set(xlabel="cosine of the embeddings", ylabel="density", xlim=(min(-0.3, scores.min()), 1))
+    right.legend()
+    figure.savefig(folder / "roc.png", dpi=90)
+    figure = new_figure(13, 4)
+    figure.suptitle("The pairs judged most wrongly, with their cosines")
+    for axes, kind, sign in zip(figure.subplots(2, 8), (same, ~same), (1, -1)):
+        places = np.flatnonzero(kind)[np.argsort(sign * scores[kind], kind="stable")[:8]]
+        axes[0].set_ylabel("same person" if sign == 1 else "different people")
+        for cell, k in zip(axes, places):
+            cell.imshow(torch.cat(images_of(int(k)), 2).permute(1, 2, 0).numpy())
+            cell.set_title(f"{scores[k]:.2f}", fontsize=10)
+        for cell in axes:
+            cell.set(xticks=[], yticks=[])
+    figure.savefig(folder / "hardest.png", dpi=90)
+
+
+def judge(model, cfg, path, device):
+    """(pairs, number of folds, scores, same, images_of) of a pairs file, without pairs of missing images."""
+    pairs, folds = read_pairs(path, Path(cfg.images))
+    paths = sorted({file for pair in pairs for file in pair[:2]})
+    missing, paths = [str(p) for p in paths if not p.exists()], [p for p in paths if p.exists()]
+    if len(paths) <= 19 * len(missing):
+        raise UserError(f"{cfg.images}: of the images that {path} names {len(missing)} are missing, "
+                        f"{len(paths)} there, and 95 % must be: {', '.join(missing[:5])}")
+    if missing:
+        say(f"note: {len(missing)} images are missing, their pairs skipped: {', '.join(missing[:5])}")
+    images, good = read_faces(paths, cfg.image_size, lfw=True)
+    place = {paths[i]: k for k, i in enumerate(good)}
+    pairs = [pair for pair in pairs if pair[0] in place and pair[1] in place]
+    a, b = (torch.tensor([place[pair[side]] for pair in pairs]) for side in (0, 1))
+    z, _ = embed(model, images, device)
+    same = np.array([pair[2] for pair in pairs])
+    return pairs, folds, (z[a] * z[b]).sum(1).numpy(), same, lambda k: (images[a[k]], images[b[k]])
 
 
 def benchmark(model, cfg, ckpt, folder, device):
-    """Figures on --pairs: with folds LFW's 10-fold accuracy, else that at a threshold, which is chosen on
-    pairsDevTrain.txt where that lies beside pairsDevTest.txt, and is the checkpoint's otherwise."""
-    def judged(path):
-        pairs, folds = read_pairs(path, Path(cfg.images))
-        paths = sorted({p for pair in pairs for p in pair[:2]})
-        missing = [p for p in paths if not p.exists()]
-        if missing:
-            say(f"note: {len(missing)} of {len(paths)} images of {path} are missing: {', '.join(map(str, missing[:5]))}")
-        if len(paths) < 20 * len(missing):
-            raise UserError(f"{cfg.images}: {len(missing)} of the {len(paths)} images that {path} names are missing, "
-                            f"such as {missing[0]}")
-        paths = [p for p in paths if p.exists()]
-        images, good = read_faces(paths, cfg.image_size, lfw=True)
-        place = {paths[i]: k for k, i in enumerate(good)}
-        pairs = [pair for pair in pairs if pair[0] in place and pair[1] in place]
-        z, _ = embed(model, images, device)
-        a, b = (torch.tensor([place[pair[side]] for pair in pairs]) for side in (0, 1))
-        return pairs, folds, (z[a] * z[b]).sum(1), np.array([pair[2] for pair in pairs]), lambda k: (images[a[k]], images[b[k]])
-
-    pairs, folds, scores, same, images_of = judged(cfg.pairs)
-    if shared := sorted(set(ckpt["classes"]) & {p.parent.name for pair in pairs for p in pair[:2]}):
-        say(f"warning: trained on and verified, which flatters: {len(shared)} people, {', '.join(shared[:5])}")
-    figures, threshold, source = {}, ckpt["threshold"], "the checkpoint's"
-    other = Path(cfg.pairs).with_name("pairsDevTrain.txt")
+    """Figures on --pairs, in percent: with folds LFW's 10-fold accuracy, else that at the threshold best on
+    the pairsDevTrain.txt beside a pairsDevTest.txt, or at the checkpoint's."""
+    path, threshold, source = Path(cfg.pairs), ckpt["threshold"], "the checkpoint's"
+    pairs, folds, scores, same, images_of = judge(model, cfg, path, device)
+    if shared := sorted({p.parent.name for pair in pairs for p in pair[:2]} & set(ckpt["classes"])):
+        say(f"warning: {len(shared)} people are verified that were trained on: {', '.join(shared[:5])}")
     if folds > 1:
         mean, error = lfw_accuracy(scores, same, [pair[3] for pair in pairs])
-        figures, threshold = {"lfw": 100 * mean, "lfw_se": 100 * error}, best_threshold(scores, same)
-        source = f"the best on all, for the picture; each of {folds} folds had that of the others"
-    elif Path(cfg.pairs).name == "pairsDevTest.txt" and other.exists():
-        _, _, train_scores, train_same, _ = judged(other)
-        threshold, source = best_threshold(train_scores, train_same), f"chosen on {other}"
-    if folds == 1:
-        figures = {"acc": 100 * float(((scores.numpy() > threshold) == same).mean())}
-    figures |= percent(verification_metrics(scores, same)) | {"threshold": threshold, "n": len(pairs)}
-    if RANK == 0:
-        write_csv(folder / "pairs.csv", ("a", "b", "same", "score"), (
-            (f"{a.parent.name}/{a.name}", f"{b.parent.name}/{b.name}", int(s), f"{v:.6f}")
-            for (a, b, s, _), v in zip(pairs, scores.tolist())))
-        draw(scores, same, images_of, threshold, folder)
+        figures, threshold, source = {"acc": 100 * mean, "se": 100 * error}, best_threshold(scores, same), (
+            f"the best on all {folds} folds; each was judged with that of the others")
+    else:
+        train = path.with_name("pairsDevTrain.txt")
+        if path.name == "pairsDevTest.txt" and train.exists():
+            threshold, source = best_threshold(*judge(model, cfg, train, device)[2:4]), f"chosen on {train}"
+        figures = {"acc": 100 * float(((scores > threshold) == same).mean())}
     say(f"threshold: {threshold:.4f}, {source}")
-    return figures
+    write_csv(folder / "pairs.csv", "a,b,same,score", (
+        (a.name, b.name, int(s), f"{v:.6f}") for (a, b, s, _), v in zip(pairs, scores)))
+    draw(scores, same, images_of, threshold, folder)
+    return figures | verification(scores, same)[0] | {"threshold": threshold, "n": len(pairs)}
 
 
 def build(cfg, classes, device):
-    if cfg.stem_stride not in (2, 4) or cfg.image_size < 8 * cfg.stem_stride:
-        raise UserError(f"--stem_stride {cfg.stem_stride} --image_size {cfg.image_size}: it takes 2 or 4, and images of "
-                        "8 times that")
-    model = ConvNeXt(len(classes), *SIZES[cfg.size], cfg.drop_path, 1e-6, cfg.stem_stride, cfg.loss == "arcface")
+    if cfg.size not in SIZES or cfg.stem_stride not in (2, 4) or cfg.image_size < 8 * cfg.stem_stride:
+        raise UserError(f"--size {cfg.size} --stem_stride {cfg.stem_stride} --image_size {cfg.image_size}: "
+                        f"it takes one of {', '.join(SIZES)}, 2 or 4, and at least 8 times that")
+    model = ConvNeXt(len(classes), *SIZES[cfg.size], cfg.drop_path, stem_stride=cfg.stem_stride,
+                     cosine=cfg.loss == "arcface")
     return model.to(device, memory_format=torch.channels_last)
 
 
 def initial_weights(cfg):
-    """What --init names: the weights of a checkpoint, or torchvision's, on request those learnt on ImageNet."""
+    """The weights that --init names: of a checkpoint, of torchvision's file, or those learnt on ImageNet."""
     if cfg.init == "imagenet":
-        from torchvision import models
+        from torchvision.models import get_model_weights
         if cfg.size not in ("tiny", "small"):
-            raise UserError(f"--init imagenet: torchvision has weights for --size tiny and small, not {cfg.size}")
+            raise UserError(f"--init imagenet: there are weights for --size tiny and small, not {cfg.size}")
         try:
-            weights = models.get_model_weights(f"convnext_{cfg.size}").DEFAULT
-            return from_torchvision(weights.get_state_dict(progress=False, check_hash=True))
+            weights = get_model_weights(f"convnext_{cfg.size}").DEFAULT.get_state_dict(check_hash=True)
+            return from_torchvision(weights)
         except Exception as e:
-            raise UserError(f"--init imagenet: no download ({e}); get the file elsewhere and name it") from None
-    with contextlib.suppress(Exception):  # what is no torchvision file is a checkpoint, or an error there
+            raise UserError(f"--init imagenet: no download ({e}); name a file instead") from None
+    with contextlib.suppress(Exception):  # what is not torchvision's is a checkpoint, or an error there
         if "features.0.0.weight" in (state := torch.load(cfg.init, map_location="cpu", weights_only=True)):
             return from_torchvision(state)
     return load_checkpoint(cfg.init)["model"]
@@ -755,55 +734,47 @@ def initial_weights(cfg):
 
 def predict(mode, inputs, flags):
     """Every mode that uses a trained model."""
-    with contextlib.redirect_stdout(sys.stderr if mode != "eval" else sys.stdout):  # there, answers only
+    with contextlib.redirect_stdout(sys.stdout if mode == "eval" else sys.stderr):  # of others, answers only
         cfg, ckpt, device, folder = open_checkpoint(flags)
-    if "threshold" not in ckpt:
-        raise UserError(f"{cfg.ckpt}: holds no threshold; take the best.pt of a run")
-    model = build(cfg, ckpt["classes"], device).eval()
-    load_weights(model, ckpt["model"], cfg.ckpt)
-    if mode == "eval":
-        if bool(cfg.pairs) != bool(cfg.images):
-            raise UserError("--pairs and --images go together: the file of pairs, and the folder of their images")
-        data = None if cfg.pairs else load_data(cfg)
-        if data and data["classes"] != ckpt["classes"]:
-            raise UserError(f"--data {cfg.data}: has other people than {cfg.ckpt} was trained on; for people of its "
-                            "own, use --pairs and --images, or identify")
-        figures = benchmark(model, cfg, ckpt, folder, device) if cfg.pairs else score(model, cfg, data, folder, device)
-        return say(f"{show(figures, ', ', '.6g')}\nwritten: {folder}/*.csv, roc.png, hardest.png")
-    with contextlib.redirect_stdout(sys.stderr):
-        if mode == "verify":
-            if len(inputs) != 2:
-                raise UserError(f"verify works on IMAGE IMAGE, not {' '.join(inputs)}")
-            people, queries = {}, inputs
-        else:
-            if len(inputs) < 2 or not Path(inputs[0]).is_dir():
-                raise UserError(f"identify works on GALLERY IMAGE..., a folder and images, not {' '.join(inputs)}")
-            people, queries = find_people(Path(inputs[0])), inputs[1:]
+        if "threshold" not in ckpt:
+            raise UserError(f"{cfg.ckpt}: holds no threshold; take the best.pt of a run")
+        model = build(cfg, ckpt["classes"], device).eval()
+        load_weights(model, ckpt["model"], cfg.ckpt)
+        if mode == "eval":
+            if bool(cfg.pairs) != bool(cfg.images):
+                raise UserError("--pairs and --images go together: the pairs, the folder of their images")
+            if not cfg.pairs and (data := load_data(cfg))["classes"] != ckpt["classes"]:
+                raise UserError(f"--data {cfg.data}: holds other people than {cfg.ckpt} was trained on; for "
+                                "those there are --pairs with --images, and identify")
+            figures = (benchmark(model, cfg, ckpt, folder, device) if cfg.pairs
+                       else score(model, cfg, data, folder, device))
+            return say(f"{show(figures, ', ', '.6g')}\nwritten: {folder}/*.csv, roc.png, hardest.png")
+        gallery = Path(inputs[0])
+        if len(inputs) < 2 or (len(inputs) > 2 if mode == "verify" else not gallery.is_dir()):
+            raise UserError(f"{mode} works on {MODES[mode].split(':')[0]}, not {' '.join(inputs)}")
+        queries = [Path(name) for name in (inputs if mode == "verify" else inputs[1:])]
+        images, good = read_faces(queries, cfg.image_size)
+        z = embed(model, images, device)[0]
+        if mode == "identify":
+            people = find_people(gallery)
             if not people:
-                raise UserError(f"{inputs[0]}: no sub-folder with images; it takes one per person")
-        for name in queries:
-            try:
-                read_image(name, cfg.image_size)
-            except Exception as e:
-                raise UserError(f"{name}: not a readable image ({type(e).__name__}: {e})") from None
-        z, _ = embed(model, read_faces([Path(name) for name in queries], cfg.image_size)[0], device)
+                raise UserError(f"{gallery}: no sub-folders with images; it takes one per person")
+            owners = [(name, path) for name, paths in people.items() for path in paths]
+            images, found = read_faces([path for _, path in owners], cfg.image_size)
+            known, owners = embed(model, images, device)[0], [owners[i][0] for i in found]
     if mode == "verify":
         cosine, threshold = float(z[0] @ z[1]), ckpt["threshold"]
-        answer = {"cosine": round(cosine, 4), "same": cosine > threshold, "threshold": round(threshold, 4)}
-        word = "same person" if answer["same"] else "different people"
-        return say(json.dumps(answer) if cfg.json else f"{word}: cosine {cosine:.4f}, threshold {threshold:.4f}")
-    with contextlib.redirect_stdout(sys.stderr):
-        owners = [name for name, paths in people.items() for _ in paths]
-        images, good = read_faces([path for paths in people.values() for path in paths], cfg.image_size)
-        known, _ = embed(model, images, device)
-    for name, row in zip(queries, (z @ known.T).tolist()):
+        line = {"cosine": round(cosine, 4), "threshold": round(threshold, 4), "same": cosine > threshold}
+        text = f"{'the same person' if line['same'] else 'different people'}: {cosine:.4f} to {threshold:.4f}"
+        return say(json.dumps(line) if cfg.json else text)
+    for i, row in zip(good, (z @ known.T).tolist()):
         best = {}
-        for i, cosine in zip(good, row):  # a person is as near as the nearest of the images
-            best[owners[i]] = max(cosine, best.get(owners[i], -1.0))
-        ranked = sorted(best.items(), key=lambda item: -item[1])[:5]
-        say(json.dumps({"file": name, "ranked": [[who, round(v, 4)] for who, v in ranked],
-                        "known": ranked[0][1] > ckpt["threshold"]}) if cfg.json else
-            f"{name}: " + ", ".join(f"{who} {v:.3f}" for who, v in ranked))
+        for name, cosine in sorted(zip(owners, row), key=lambda item: item[1]):
+            best[name] = cosine  # a person is as near as the nearest image
+        ranked = [(name, round(best[name], 4)) for name in sorted(best, key=best.get, reverse=True)[:5]]
+        line = {"file": str(queries[i]), "ranked": ranked, "known": ranked[0][1] > ckpt["threshold"]}
+        text = f"{queries[i]}: {', '.join(f'{name} {cosine:.3f}' for name, cosine in ranked)}"
+        say(json.dumps(line) if cfg.json else text)
 
 
 # ---- runtime: identical in all five scripts ----
@@ -1127,8 +1098,8 @@ def main(argv=None):
         return predict(mode, inputs, flags)
     run = Run(flags, training=mode == "train")
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
-    if not 0 <= cfg.drop_path < 1 or not 0 <= cfg.ema < 1:
-        raise UserError(f"--drop_path {cfg.drop_path} --ema {cfg.ema}: must be at least 0 and below 1")
+    if cfg.drop_path >= 1 or cfg.ema >= 1:
+        raise UserError(f"--drop_path {cfg.drop_path} --ema {cfg.ema}: must be below 1")
 
     data = load_data(cfg)
     images, labels = data["train"]
@@ -1186,10 +1157,11 @@ def main(argv=None):
         if cfg.loss == "center":
             center = centers(features, y, "sum") * WORLD / size
             losses = {"loss": loss + cfg.center_weight * center, "entropy": loss, "center": center}
-            centers.update(features.detach(), y)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         optimizer.step()
+        if cfg.loss == "center":
+            centers.update(features.detach(), y)
         average.update_parameters(raw)
         return losses
 
@@ -1200,11 +1172,12 @@ def main(argv=None):
         losses = update(step, fetch(step))
         check, save = run.step_done(losses, total, size, learning_rate(cfg, step, schedule))
         if check:
-            figures, _, _, threshold = evaluate(average.module, data, "val", device)
+            figures, *_, threshold = evaluate(average.module, data, "val", device)
             run.write("val", figures)
             if run.best is None or figures["acc"] > run.best:
                 run.best = figures["acc"]
-                run.save("best.pt", model=average.module.state_dict(), classes=data["classes"], threshold=threshold)
+                run.save("best.pt", model=average.module.state_dict(), classes=data["classes"],
+                         threshold=threshold)
         if save:
             run.save("last.pt", model=raw.state_dict(), average=average.module.state_dict(),
                      centers=centers.state_dict(), optimizer=optimizer.state_dict(), classes=data["classes"])
