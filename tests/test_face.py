@@ -12,7 +12,7 @@ from test_house import driver
 from PIL import Image
 
 NAME = "convnext_face"
-SMALL = "--device cpu --compile off --size mini --image_size 16 --batch_size 16 --max_steps 2"
+SMALL = "--device cpu --compile off --size mini --stem_stride 2 --image_size 16 --batch_size 16 --max_steps 2"
 
 
 # ------------------------------------------------------------------------------------------------- model
