@@ -15,6 +15,14 @@ NAME = "convnext_face"
 SMALL = "--device cpu --compile off --size mini --stem_stride 2 --image_size 16 --batch_size 16 --max_steps 2"
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The best.pt of a very short run."""
+    folder = tmp_path_factory.mktemp("run")
+    face.main(f"--data demo {SMALL} --out {folder}".split())
+    return folder / "best.pt"
+
+
 # ------------------------------------------------------------------------------------------------- model
 def network(**how):
     torch.manual_seed(0)
@@ -178,9 +186,9 @@ def test_augmentation_is_drawn_per_sample():
 
 def test_demo_is_learnable_but_not_trivial():
     data = face.load_data(face.Config(data="demo", image_size=16))
-    assert [len(data[part][1]) for part in ("train", "val", "test", "unseen")] == [2400, 300, 300, 600]
+    assert [len(data[part][1]) for part in ("train", "val", "test", "unseen")] == [2400, 500, 500, 600]
     every = torch.cat([data[part][0] for part in ("train", "val", "test", "unseen")])
-    assert len({x.numpy().tobytes() for x in every}) == 3600
+    assert len({x.numpy().tobytes() for x in every}) == 4000
     pixels, owners = data["unseen"][0].flatten(1).float(), data["unseen"][1]
     z = torch.nn.functional.normalize(pixels - pixels.mean(0))
     *_, scores, same = face.all_pairs(z, owners)
@@ -319,12 +327,11 @@ def test_hw2p2(hw2p2, call, refuses):
 
 # ------------------------------------------------------------------------------------------------- pairs
 @pytest.fixture
-def lfw(tmp_path, call):
-    """Images of five people, and a model."""
+def lfw(tmp_path):
+    """Images of five people."""
     for i in range(5):
         for k in range(1, 5):
             photo(tmp_path / f"lfw/P_{i}/P_{i}_{k:04}.jpg", 20 + 50 * i)
-    assert call(NAME, f"--data demo {SMALL} --out run")[0] == 0
     same = [f"P_{i}\t1\t{k}" for i in range(5) for k in (2, 3)]
     other = [f"P_{i}\t1\tP_{(i + 1) % 5}\t{k}" for i in range(5) for k in (2, 3)]
     (tmp_path / "pairsDevTest.txt").write_text("\n".join(["10", *same, *other]) + "\n")
@@ -333,8 +340,8 @@ def lfw(tmp_path, call):
     return tmp_path
 
 
-def test_pairs(lfw, call):
-    benchmark = "eval --ckpt run/best.pt --images lfw --save csv --pairs"
+def test_pairs(lfw, trained, call):
+    benchmark = f"eval --ckpt {trained} --images lfw --save csv --pairs"
     status, out, err = call(NAME, f"{benchmark} pairsDevTest.txt")
     assert status == 0 and "the checkpoint's" in out and "n 20" in out, err
     rows = [line.split(",") for line in open("csv/pairs.csv").read().splitlines()[1:]]
@@ -352,36 +359,35 @@ def test_pairs(lfw, call):
 
 
 @pytest.mark.parametrize("line", ["P_0\t1", "P_0\tone\t2", "P_0\t1\tP_1", "P_0\t1\tP_1\tx", "../P_0\t1\t2", "a b c d e"])
-def test_malformed_pairs(line, lfw, refuses):
+def test_malformed_pairs(line, lfw, trained, refuses):
     lines = (lfw / "pairsDevTest.txt").read_text().splitlines()
     lines[4] = line
     (lfw / "bad.txt").write_text("\n".join(lines))
-    refuses(NAME, "eval --ckpt run/best.pt --images lfw --pairs bad.txt", "bad.txt, line 5")
+    refuses(NAME, f"eval --ckpt {trained} --save csv --images lfw --pairs bad.txt", "bad.txt, line 5")
 
 
-def test_pairs_that_do_not_fit(lfw, refuses):
-    start = "eval --ckpt run/best.pt --images lfw --pairs"
+def test_pairs_that_do_not_fit(lfw, trained, refuses):
+    start = f"eval --ckpt {trained} --save csv --images lfw --pairs"
     for text, words in {"": ["line 1"], "many\n": ["line 1"], "3\nP_0\t1\t2\n": ["1 pairs", "6"]}.items():
         (lfw / "bad.txt").write_text(text)
         refuses(NAME, f"{start} bad.txt", "bad.txt", *words)
     refuses(NAME, f"{start} none.txt", "none.txt")
-    refuses(NAME, "eval --ckpt run/best.pt --pairs pairs.txt", "--images")
+    refuses(NAME, f"eval --ckpt {trained} --pairs pairs.txt", "--images")
     (lfw / "lfw/P_2/P_2_0003.jpg").unlink()
     refuses(NAME, f"{start} pairsDevTest.txt", "P_2_0003.jpg", "missing")
-    refuses(NAME, "eval --ckpt run/best.pt --data lfw", "other people")
+    refuses(NAME, f"eval --ckpt {trained} --data lfw", "other people")
 
 
 # ------------------------------------------------------------------------------------------------- the rest
-def test_verify_and_identify(people, call, refuses):
-    assert call(NAME, f"--data demo {SMALL} --out run")[0] == 0
-    ask = "--ckpt run/best.pt --json"
+def test_verify_and_identify(people, trained, call, refuses):
+    ask = f"--ckpt {trained} --json"
     status, out, err = call(NAME, f"verify people/p0/0.png people/p0/0.png {ask}")
     answer = json.loads(out)
     assert status == 0 and answer["cosine"] == pytest.approx(1) and answer["same"] is True, err
     status, out, err = call(NAME, f"identify people people/p2/3.png people/p0/1.png {ask}")
     answers = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and [a["ranked"][0] for a in answers] == [["p2", 1.0], ["p0", 1.0]], err
-    status, out, _ = call(NAME, "verify people/p0/0.png people/p1/0.png --ckpt run/best.pt")
+    status, out, _ = call(NAME, f"verify people/p0/0.png people/p1/0.png --ckpt {trained}")
     assert status == 0 and len(out.splitlines()) == 1
     refuses(NAME, f"verify people/p0/0.png {ask}", "IMAGE IMAGE")
     refuses(NAME, f"verify people/p0/0.png people/none.png {ask}", "none.png")
