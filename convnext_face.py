@@ -716,8 +716,8 @@ def benchmark(model, cfg, ckpt, folder, device):
 
 def build(cfg, classes, device):
     if cfg.stem_stride not in (2, 4) or cfg.image_size < 8 * cfg.stem_stride:
-        raise UserError(f"--stem_stride {cfg.stem_stride} --image_size {cfg.image_size}: it takes 2 or 4, and "
-                        "at least 8 times that")
+        raise UserError(f"--stem_stride {cfg.stem_stride} --image_size {cfg.image_size}: it takes 2 or 4, "
+                        "and at least 8 times that")
     model = ConvNeXt(len(classes), *SIZES[cfg.size], cfg.drop_path, LAYER_SCALE, cfg.stem_stride,
                      cfg.loss == "arcface")
     return model.to(device, memory_format=torch.channels_last)
