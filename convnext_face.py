@@ -688,6 +688,8 @@ def judge(model, cfg, path, device):
     a, b = (torch.tensor([place[pair[side]] for pair in pairs]) for side in (0, 1))
     z, _ = embed(model, images, device)
     same = np.array([pair[2] for pair in pairs])
+    if same.all() or not same.any():
+        raise UserError(f"{path}: of the pairs that are left none is of one of the two kinds")
     return pairs, folds, (z[a] * z[b]).sum(1).numpy(), same, lambda k: (images[a[k]], images[b[k]])
 
 
@@ -1024,6 +1026,7 @@ class Run:
         except (OSError, RuntimeError) as e:
             part.unlink(missing_ok=True)
             raise UserError(f"{path}: cannot save ({e}); its old content is whole; make room, --resume")
+        all_sum(torch.zeros(1, device=self.device))  # the others wait, so that they read what was saved
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
 
     def finish(self, figures):
@@ -1193,7 +1196,6 @@ def main(argv=None):
             command = f"python convnext_face.py --data {cfg.data} --out {run.folder} --resume"
             return say(f"stopped at step {step}; to continue: {command}")
 
-    all_sum(torch.zeros(1, device=device))  # wait until rank 0 has written best.pt
     best = load_checkpoint(run.folder / "best.pt")
     load_weights(average.module, best["model"], run.folder)
     run.finish(score(average.module, cfg, data, run.folder, device))

@@ -325,6 +325,15 @@ def test_hw2p2(hw2p2, call, refuses):
     assert status == 0 and "1 people are verified that are trained on: n1" in out
 
 
+def test_recipe_for_the_full_hw2p2(hw2p2, call, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "task").rename(tmp_path / "data/hw2p2")
+    status, out, err = call(NAME, f"--data hw2p2-full {SMALL}")
+    assert status == 0 and "16 train of 4 people" in out and "out/convnext_face-hw2p2-full" in out, err
+    config = torch.load("out/convnext_face-hw2p2-full/last.pt", weights_only=True)["config"]
+    assert config["ema"] == 0.9999 and config["epochs"] == 60 and config["size"] == "mini"
+
+
 # ------------------------------------------------------------------------------------------------- pairs
 @pytest.fixture
 def lfw(tmp_path):
