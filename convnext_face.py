@@ -392,10 +392,17 @@ def share_out(people):
     return parts
 
 
+def read_lines(path):
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: is no text in UTF-8 ({e})") from None
+
+
 def read_identities(path, files):
     """[(person, file)] as a CSV of id,label says, where an id is a file's name or its place in the list."""
     ids, found = {key: file for i, file in enumerate(files) for key in (str(i), file.name)}, {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         key, _, label = (part.strip() for part in line.partition(","))
         if key in ids and label and "," not in label:
             found[ids[key]] = label
@@ -459,15 +466,15 @@ def load_data(cfg):
 def read_pairs(path, folder):
     """([(file, file, same, fold)], number of folds) of a pairs file of LFW's. Its first line says how many
     pairs of each kind there are (View 1), or how many folds, and pairs of each kind in each (pairs.txt)."""
-    head, *lines = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines()] or [[]]
-    if not 1 <= len(head) <= 2 or not all(field.isdigit() and int(field) for field in head):
+    head, *lines = [line.split() for line in read_lines(Path(path))] or [[]]
+    if not 1 <= len(head) <= 2 or not all(field.isdecimal() and int(field) for field in head):
         raise UserError(f"{path}, line 1: must hold the number of pairs, or of folds and of pairs in each")
     folds, each, pairs = int(head[0]) if len(head) == 2 else 1, int(head[-1]), []
     for number, fields in enumerate(lines, 2):
         if not fields:
             continue
         a, i, b, j = [*fields[:2], fields[0], *fields[2:]] if len(fields) == 3 else [*fields, *"????"][:4]
-        if len(fields) not in (3, 4) or not (i.isdigit() and j.isdigit()) or "/" in a + b:
+        if len(fields) not in (3, 4) or not (i.isdecimal() and j.isdecimal()) or "/" in a + b:
             raise UserError(f"{path}, line {number}: {' '.join(fields)!r} is not NAME I J, or NAME I NAME J")
         files = (folder / a / f"{a}_{int(i):04d}.jpg", folder / b / f"{b}_{int(j):04d}.jpg")
         files = (p if (p := f.with_suffix(".png")).exists() else f for f in files)

@@ -939,6 +939,7 @@ class Run:
         except (OSError, RuntimeError) as e:
             part.unlink(missing_ok=True)
             raise UserError(f"{path}: cannot save ({e}); its old content is whole; make room, --resume")
+        all_sum(torch.zeros(1, device=self.device))  # the others wait, so that they read what was saved
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
 
     def finish(self, figures):

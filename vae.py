@@ -380,10 +380,14 @@ def evaluate(model, cfg, x, device):
         say("warning: posterior collapse, z carries nothing: lower --kl_weight or --lr, or raise --warmup")
     rows = torch.cat([error, kl.sum(1, keepdim=True)], 1)
     (error, kl_sum), raw = rows.mean(0).tolist(), raw.mean().item()
-    figures = {"elbo": -error - kl_sum, "reconstruction": error} if cfg.likelihood == "bernoulli" else {
-        "loss": error + cfg.kl_weight * kl_sum, "squared_error": error, "formula_raw": 0.7 * raw + 0.3 * error,
-        "formula": 0.7 * (kl_sum + 0.5 * cfg.latent_dim * math.log(2)) + 0.3 * error}
-    return figures | {"kl": kl_sum, "active": active, "kl_dims": [round(v, 4) for v in kl.mean(0).tolist()]}, rows
+    if cfg.likelihood == "bernoulli":
+        figures = {"elbo": -error - kl_sum, "reconstruction": error}
+    else:
+        formula = 0.7 * (kl_sum + 0.5 * cfg.latent_dim * math.log(2)) + 0.3 * error
+        figures = {"loss": error + cfg.kl_weight * kl_sum, "squared_error": error,
+                   "formula_raw": 0.7 * raw + 0.3 * error, "formula": formula}
+    kl_dims = [round(v, 4) for v in kl.mean(0).tolist()]
+    return figures | {"kl": kl_sum, "active": active, "kl_dims": kl_dims}, rows
 
 
 @torch.no_grad()
@@ -741,6 +745,7 @@ class Run:
         except (OSError, RuntimeError) as e:
             part.unlink(missing_ok=True)
             raise UserError(f"{path}: cannot save ({e}); its old content is whole; make room, --resume")
+        all_sum(torch.zeros(1, device=self.device))  # the others wait, so that they read what was saved
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
 
     def finish(self, figures):

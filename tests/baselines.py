@@ -194,6 +194,77 @@ def uncached_beam_search(model, src, k, alpha, max_len):
     return prefix
 
 
+class NotebookLAS(nn.Module):
+    """The course notebook's model: packed BLSTMs, three pyramid layers, and a speller of 1024 and 128 units."""
+
+    def __init__(self, n_features, vocabulary, hidden=512):
+        super().__init__()
+        self.base = nn.LSTM(n_features, hidden, bidirectional=True, batch_first=True)
+        self.pyramid = nn.ModuleList(nn.LSTM(4 * hidden, hidden, bidirectional=True, batch_first=True) for _ in range(3))
+        self.key, self.value = nn.Linear(2 * hidden, 128), nn.Linear(2 * hidden, 128)
+        self.embedding = nn.Embedding(vocabulary, 256)
+        self.cells = nn.ModuleList([nn.LSTMCell(256 + 128, 1024), nn.LSTMCell(1024, 128)])
+        self.out = nn.Linear(256, vocabulary)
+
+    def forward(self, x, lengths, targets):
+        pack, pad = nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pad_packed_sequence
+        x, lengths = pad(self.base(pack(x, lengths, batch_first=True, enforce_sorted=False))[0], batch_first=True)
+        for layer in self.pyramid:
+            x, lengths = x[:, : x.shape[1] // 2 * 2].reshape(len(x), -1, 2 * x.shape[2]), lengths // 2
+            x, lengths = pad(layer(pack(x, lengths, batch_first=True, enforce_sorted=False))[0], batch_first=True)
+        key, value = self.key(x), self.value(x)
+        mask = torch.arange(x.shape[1])[None] >= lengths[:, None]
+        context, states, logits, plot = value[:, 0], [None, None], [], []
+        for u in range(targets.shape[1]):
+            token = torch.full_like(targets[:, 0], 1) if u == 0 else targets[:, u - 1]
+            states[0] = self.cells[0](torch.cat([self.embedding(token), context], 1), states[0])
+            states[1] = self.cells[1](states[0][0], states[1])
+            energy = torch.bmm(key, states[1][0].unsqueeze(2)).squeeze(2).masked_fill(mask.to(key.device), -1e9)
+            attention = energy.softmax(1)
+            plot.append(attention[0].detach().cpu().numpy())
+            context = torch.bmm(attention.unsqueeze(1), value).squeeze(1)
+            logits.append(self.out(torch.cat([states[1][0], context], 1)))
+        return torch.stack(logits, 1)
+
+
+def las(flags, rounds, steps):
+    """The notebook's loop on the same batch, 16 x 300 frames x 30 characters (a GPU: 96 x 1,000 x 180), ours with the
+    paper's pyramid of three at the same width, its CTC loss included, and a speller of at least as many weights."""
+    import las_asr as module
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    (b, frames, u), f, v = ((96, 1000, 180) if device.type == "cuda" else (16, 300, 30)), 15, 31
+    torch.manual_seed(0)
+    x, targets = torch.randn(b, frames, f, device=device), torch.randint(3, v, (b, u), device=device)
+    lengths = torch.linspace(frames * 0.8, frames, b).long()
+    ours, notebook = module.LAS(f, v, 512, 3, 640, 0.0).to(device), NotebookLAS(f, v).to(device)
+    own, far = ([p for p in net.parameters()] for net in (ours, notebook))
+    optimizers = torch.optim.AdamW(own, 1e-4, fused=True), torch.optim.Adam(far, 1e-4)
+    if device.type == "cuda":
+        ours.compile()
+    on_device = lengths.to(device)
+
+    def our_step(step):
+        with torch.autocast(device.type, torch.bfloat16):
+            logits, _, ctc = ours(x, on_device, targets)
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) + nn.functional.ctc_loss(
+            ctc.float().log_softmax(-1).transpose(0, 1), targets, on_device // 8, torch.full_like(on_device, u),
+            zero_infinity=True)
+        optimizers[0].zero_grad(set_to_none=True)
+        loss.backward()
+        optimizers[0].step()
+
+    def notebook_step(step):
+        loss = nn.functional.cross_entropy(notebook(x, lengths, targets).flatten(0, 1), targets.flatten())
+        optimizers[1].zero_grad()
+        loss.backward()
+        optimizers[1].step()
+        loss.item()
+
+    seconds = alternate({"ours": our_step, "notebook": notebook_step}, rounds, steps, device)
+    counts = [sum(p.numel() for p in side) for side in (own, far)]
+    report("las_asr", seconds, "ours", dtype="bfloat16", weights_ours=counts[0], weights_notebook=counts[1])
+
+
 class Embedded(nn.Module):
     """A ConvNeXt of timm's or torchvision's, in a memory format, behind the interface of convnext_face.py's."""
 
@@ -278,8 +349,8 @@ def face(flags, rounds, steps):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=["vae", "mt", "face"])
+    parser.add_argument("name", choices=["vae", "mt", "las", "face"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     known, rest = parser.parse_known_args()  # the rest are flags of the script
-    {"vae": vae, "mt": mt, "face": face}[known.name](rest or ["--data", "demo"], known.rounds, known.steps)
+    {"vae": vae, "mt": mt, "las": las, "face": face}[known.name](rest or ["--data", "demo"], known.rounds, known.steps)

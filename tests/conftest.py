@@ -12,7 +12,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Per script: flags that make its demo tiny; flags and a patch that take all noise out of its training; a prediction.
+
+def a_sound(folder):
+    """a.wav, a second of noise."""
+    import numpy as np
+    import soundfile
+    soundfile.write(folder / "a.wav", np.random.default_rng(0).normal(size=16000) * 0.1, 16000)
+
+
+# Per script: flags that make its demo tiny; flags and a patch that take all noise out of its training; a prediction,
+# and what makes its input.
 TABLE = {
     "vae": {
         "tiny": "--width 4 --hidden 16 --iwae_n 4 --iwae_k 10",
@@ -30,6 +39,16 @@ TABLE = {
         "predict": "translate --save pictures Hello",
         "predicted": "pictures/attention.png",
         "shape_flag": "--size base",
+    },
+    "las_asr": {
+        "tiny": "--hidden 8 --speller 8 --batch_size 20000",
+        "noise_off": "--dropout 0 --specaugment 0 --teacher 1",
+        "patch": "pass",
+        "input": a_sound,
+        "predict": "transcribe a.wav --save texts",
+        "predicted": "texts/transcripts.tsv",
+        "shape_flag": "--hidden 9",
+        "init_flag": "--hidden 9",
     },
     "convnext_face": {
         "tiny": "--image_size 16 --batch_size 16",

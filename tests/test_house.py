@@ -68,6 +68,7 @@ def test_alone_in_an_empty_folder(name, tmp_path):
     folder = tmp_path / "out" / f"{name}-demo"
     assert [r["step"] for r in log_of(folder) if r["split"] == "train"] == [2, 4, 6]
     assert (folder / "curves.png").stat().st_size > 1000
+    TABLE[name].get("input", lambda folder: None)(tmp_path)
     for arguments in ("eval", TABLE[name]["predict"]):
         done = python(f"{name}.py", *arguments.split(), cwd=tmp_path)
         assert done.returncode == 0, done.stderr

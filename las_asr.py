@@ -1,0 +1,1164 @@
+"""Listen, Attend and Spell: it learns to write down what is said, from sound files to sentences.
+
+    python las_asr.py --data demo                            # a generated voice: no download, no GPU
+    python las_asr.py --data librispeech                     # 100 hours; 7 GB are downloaded on first use
+    python las_asr.py --data path/to/train.tsv               # yours: lines of path, tab, transcript
+    torchrun --nproc_per_node=8 las_asr.py --data librispeech
+    python las_asr.py --data librispeech --resume            # goes on where a run was stopped, bit for bit
+
+    python las_asr.py eval                                   # of the newest out/las_asr-*/best.pt
+    python las_asr.py transcribe a.wav b.flac c.mp3          # any length, rate and number of channels
+
+RESULTS_GO_HERE
+
+Paper: Chan et al., "Listen, Attend and Spell", 2016, arXiv 1508.01211. The auxiliary CTC loss: Kim et al.,
+"Joint CTC-attention", 2017, arXiv 1609.06773; SpecAugment: Park et al., 2019, arXiv 1904.08779; speed
+perturbation: Ko et al., 2015. Data: Panayotov et al., "LibriSpeech", 2015 (CC BY 4.0).
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "soundfile", "matplotlib"]
+# ///
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import resource
+import signal
+import statistics
+import sys
+import tarfile
+import time
+import unicodedata
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Config:
+    # the same in all five scripts
+    data: str = "auto"  # demo, librispeech, speech, hw4p2 or a TSV of path and text; auto: the first there is
+    out: str = ""  # the run's folder; empty: out/SCRIPT-DATA
+    save: str = ""  # where predictions go; empty: beside the checkpoint
+    ckpt: str = ""  # checkpoint for every mode but train; empty: the newest best.pt of this script
+    init: str = ""  # checkpoint whose weights a new run starts from
+    resume: bool = False  # continue the run's folder from its last.pt, if there is one
+    device: str = "auto"  # auto|cpu|cuda|mps where to run
+    dtype: str = "auto"  # auto|float32|bfloat16 autocast in training; metrics are always float32
+    compile: str = "auto"  # auto|on|off torch.compile; auto: on for CUDA on Linux
+    seed: int = 0  # of weights, order and noise
+    batch_size: int = 6000  # frames per step, padding included, over all processes
+    lr: float = 1e-3  # peak learning rate
+    max_steps: int = 0  # end the run after this many steps; 0: after the whole schedule
+    max_minutes: float = 0.0  # save and stop after this time; 0: never
+    eval_every: int = 500  # steps between validations
+    save_every: int = 500  # steps between saves, besides those at validations
+    log_every: int = 50  # steps between log lines
+    # the task
+    hidden: int = 256  # units of the listener, per direction
+    stack: int = 2  # neighbouring frames joined before the first layer
+    layers: int = 1  # pyramidal layers, each of which halves the frames
+    speller: int = 256  # units of the decoder
+    dropout: float = 0.3  # locked dropout between the listener's layers, and on the decoder's input
+    ctc_weight: float = 0.3  # share of the CTC loss on the listener in the objective
+    teacher: float = 0.9  # share of true characters fed to the speller at the end, falling from 1
+    specaugment: float = 1.0  # strength of SpecAugment, 0: none
+    speeds: str = "0.9 1.0 1.1"  # speeds at which each training file is heard
+    epochs: int = 20  # length of the schedule
+    warmup: int = 500  # steps in which the learning rate rises
+    beam_size: int = 4  # hypotheses kept in beam search
+    json: bool = False  # transcribe: one JSON object a file, with the score
+
+
+PRESETS = {
+    "demo": {"epochs": 6, "hidden": 128, "speller": 128, "speeds": "1.0", "dropout": 0.1, "batch_size": 4000,
+             "warmup": 100, "lr": 3e-3, "eval_every": 100, "log_every": 20},
+    "speech": {"epochs": 5, "batch_size": 4000},
+    "librispeech": {"hidden": 512, "stack": 1, "layers": 3, "speller": 512, "batch_size": 96000, "epochs": 40,
+                    "warmup": 2000},
+    "hw4p2": {"epochs": 24, "batch_size": 4000}}
+MODES = {"train": "(default) train and test", "eval": "test a checkpoint, hypotheses as TSV",
+         "transcribe": "FILE: its text, for each file given", "bench": "time the training step"}
+SHAPE = {"hidden", "stack", "layers", "speller"}  # what a checkpoint alone decides
+CPU_BF16 = True  # measured: 1.3 times as fast as float32 on a CPU that multiplies bfloat16
+PAD, BOS, EOS = 0, 1, 2
+ALPHABET = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+# MODEL ------------------------------------------------------------------------------------------------------
+def reverse(x, lengths):
+    """Each sequence of (B, T, F) turned round within its own length (B,); what comes after it stays."""
+    at = torch.arange(x.shape[1], device=x.device)
+    back = lengths[:, None] - 1 - at
+    return x.gather(1, torch.where(back < 0, at, back)[:, :, None].expand_as(x))
+
+
+class BLSTM(nn.Module):
+    """A bidirectional LSTM as two of one direction; the second hears each sequence reversed in its length.
+
+    That equals packing the sequences, at a seventh of its time on a CPU, and needs no lengths on the host.
+    """
+
+    def __init__(self, n_in, hidden):
+        super().__init__()
+        self.forth, self.back = (nn.LSTM(n_in, hidden, batch_first=True) for _ in range(2))
+
+    def forward(self, x, lengths):
+        """(B, T, F), (B,) -> (B, T, 2 hidden), zero behind each sequence's end."""
+        if x.is_cuda:  # where autocast turns an LSTM into float16, whatever it is told, and gradients vanish
+            with torch.autocast("cuda", enabled=False):
+                forth, back = self.forth(x.float())[0], self.back(reverse(x.float(), lengths))[0]
+        else:
+            forth, back = self.forth(x)[0], self.back(reverse(x, lengths))[0]
+        y = torch.cat([forth, reverse(back, lengths)], -1)
+        return y * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[:, :, None]
+
+
+def locked_dropout(x, p, training):
+    """Dropout with one mask for all steps of a sequence (Gal and Ghahramani, 2016): (B, T, F) -> the same."""
+    return x * F.dropout(torch.ones_like(x[:, :1]), p, training)
+
+
+def join_frames(x, lengths, n):
+    """(B, T, F), (B,) -> (B, T // n, n F), (B,): each n neighbouring frames become one, odd last ones go."""
+    return x[:, : x.shape[1] // n * n].unflatten(1, (-1, n)).flatten(2), lengths // n
+
+
+class Listener(nn.Module):
+    """A BLSTM, then pyramidal ones, each on pairs of neighbouring frames (section 3.1). With stack = 2 the
+    first one hears pairs too: 20 ms of sound a step, at half the cost."""
+
+    def __init__(self, n_features, hidden, layers, dropout, stack=1):
+        super().__init__()
+        self.base = BLSTM(stack * n_features, hidden)
+        self.pyramid = nn.ModuleList(BLSTM(4 * hidden, hidden) for _ in range(layers))
+        self.dropout, self.stack = dropout, stack
+
+    def forward(self, x, lengths):
+        """(B, T, F), (B,) -> (B, T', 2 hidden), (B,) with T' = T // stack // 2^layers."""
+        x, lengths = join_frames(x, lengths, self.stack)
+        x = self.base(x, lengths)
+        for layer in self.pyramid:
+            x, lengths = join_frames(locked_dropout(x, self.dropout, self.training), lengths, 2)
+            x = layer(x, lengths)
+        return locked_dropout(x, self.dropout, self.training), lengths
+
+
+class LAS(nn.Module):
+    """Listener, attender and speller: the probabilities of each character, given the sound and those before.
+
+    Targets (B, U) end in EOS, filled up with PAD, and carry no BOS: the shift is inside. Sounds have at least
+    stack * 2^layers frames, so that one is left after the pyramid.
+    """
+
+    def __init__(self, n_features, vocab_size, hidden=256, layers=2, speller=256, dropout=0.3, stack=1):
+        super().__init__()
+        self.listener, self.dropout = Listener(n_features, hidden, layers, dropout, stack), dropout
+        self.key, self.value = nn.Linear(2 * hidden, speller), nn.Linear(2 * hidden, speller)
+        self.query = nn.Linear(speller, speller)
+        self.embedding = nn.Embedding(vocab_size, speller)
+        self.cells = nn.ModuleList([nn.LSTMCell(2 * speller, speller), nn.LSTMCell(speller, speller)])
+        self.out = nn.Sequential(nn.Linear(2 * speller, speller), nn.Tanh(), nn.Linear(speller, vocab_size))
+        self.ctc = nn.Linear(2 * hidden, vocab_size)
+
+    def listen(self, features, lengths):
+        """(B, T, F), (B,) -> memory: keys and values (B, T', D), mask (B, T'); and the CTC logits."""
+        x, lengths = self.listener(features, lengths)
+        mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None].clamp(min=1)
+        return (self.key(x), self.value(x), mask), self.ctc(x)
+
+    def start(self, count, device):
+        """The speller's state before the first character: two cells and the context, for all hypotheses."""
+        zero = torch.zeros(count, self.query.in_features, device=device)
+        return [zero] * 5
+
+    def step(self, tokens, state, memory):
+        """One character (N,) -> logits (N, V), the next state, attention (N, T') (equations 6 to 11). N may
+        be a multiple of B: hypotheses of one sound follow each other."""
+        h1, c1, h2, c2, context = state
+        keys, values, mask = memory
+        x = F.dropout(torch.cat([self.embedding(tokens), context], -1), self.dropout, self.training)
+        h1, c1 = self.cells[0](x, (h1, c1))
+        h2, c2 = self.cells[1](h1, (h2, c2))
+        q = self.query(h2).unflatten(0, (len(keys), -1))  # (B, N/B, D)
+        energy = (q @ keys.mT / math.sqrt(q.shape[-1])).masked_fill(~mask[:, None], -math.inf)
+        attention = energy.softmax(-1)  # (B, N/B, T')
+        context = (attention @ values).flatten(0, 1)
+        return self.out(torch.cat([h2, context], -1)), [h1, c1, h2, c2, context], attention.flatten(0, 1)
+
+    def forward(self, features, lengths, targets, teacher=1.0):
+        """(B, T, F), (B,), (B, U) -> logits (B, U, V), attention (B, U, T'), CTC logits (B, T', V). In
+        training, a share 1 - teacher of the characters fed are the model's own guesses."""
+        memory, ctc_logits = self.listen(features, lengths)
+        state, logits, attention = self.start(len(targets), features.device), [], []
+        tokens = torch.full_like(targets[:, 0], BOS)
+        for u in range(targets.shape[1]):
+            y, state, a = self.step(tokens, state, memory)
+            logits.append(y)
+            attention.append(a)
+            tokens = targets[:, u]
+            if self.training and teacher < 1:
+                tokens = torch.where(torch.rand(len(tokens), device=y.device) < teacher, tokens, y.argmax(-1))
+        return torch.stack(logits, 1), torch.stack(attention, 1), ctc_logits
+
+    def compile(self, **how):
+        """Compiles the speller's step alone: unrolled, it would be compiled anew for each length, and the
+        listener's fused LSTMs gain nothing by it."""
+        self.step = torch.compile(self.step, dynamic=True, **how)
+
+
+@torch.no_grad()
+def greedy_decode(model, features, lengths, ctc_weight=0.5):
+    """The likeliest character each time: (B, T, F), (B,) -> B lists of ids without EOS; see `beam_search`."""
+    return beam_search(model, features, lengths, 1, ctc_weight)[0]
+
+
+class CTCPrefixes:
+    """What the CTC head thinks of K hypotheses a sound: log p of all texts that begin so (Watanabe et al.,
+    "Hybrid CTC/Attention Architecture", 2017, section III-B). It turned 21.4 % CER on AN4 into 4.8 %.
+
+    `letter` and `blank` (B, K, T' + 1) hold, after each number of frames, log p of having said the hypothesis
+    and ended in a character or a blank (PAD). The recursions over frames are written as cumulative sums.
+    """
+
+    def __init__(self, logits, mask, k):
+        real = logits.float().log_softmax(-1).clamp(min=-30)
+        silence = torch.full_like(real[0, 0], -30.0).index_fill(0, torch.tensor(PAD, device=real.device), 0.0)
+        self.log_p = torch.where(mask[:, :, None], real, silence)[:, None]  # (B, 1, T', V)
+        self.blanks = self.log_p[..., PAD].cumsum(-1)  # (B, 1, T')
+        self.blank = F.pad(self.blanks, (1, 0)).expand(-1, k, -1)  # (B, K, T' + 1)
+        self.letter = torch.full_like(self.blank, -1e5)
+        self.last = torch.full_like(self.blank[..., 0], BOS, dtype=torch.long)  # (B, K)
+
+    def scores(self):
+        """log p of each hypothesis with each character, or EOS, behind it: (B, K, V)."""
+        said = torch.logaddexp(self.letter, self.blank)
+        scores = torch.logsumexp(said[..., :-1, None] + self.log_p, 2)
+        again = torch.logsumexp(self.blank[..., :-1] + self.of(self.last), 2)  # needs a blank between
+        return scores.scatter(2, self.last[..., None], again[..., None]).index_copy(
+            2, torch.tensor([EOS], device=said.device), said[..., -1:])
+
+    def of(self, tokens):
+        """log p of a token in each frame: (B, K) -> (B, K, T')."""
+        at = tokens[:, :, None, None].expand(-1, -1, self.log_p.shape[2], 1)
+        return self.log_p.expand(-1, tokens.shape[1], -1, -1).gather(3, at)[..., 0]
+
+    def extend(self, origin, tokens):
+        """Goes on with `tokens` behind the hypotheses `origin`: (B, K) each."""
+        at = origin[:, :, None].expand_as(self.letter)
+        letter, blank, last = self.letter.gather(1, at), self.blank.gather(1, at), self.last.gather(1, origin)
+        before = torch.where((tokens == last)[..., None], blank, torch.logaddexp(letter, blank))[..., :-1]
+        log_p = self.of(tokens)
+        sums = log_p.cumsum(-1)
+        self.letter = F.pad(sums + torch.logcumsumexp(before - sums + log_p, -1), (1, 0), value=-1e5)
+        before = self.letter[..., :-1] - self.blanks + self.log_p[..., PAD]
+        self.blank = F.pad(self.blanks + torch.logcumsumexp(before, -1), (1, 0), value=-1e5)
+        self.last = tokens
+
+
+@torch.no_grad()
+def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
+    """The best of beam_size hypotheses by log p per character, that of the CTC head weighed with ctc_weight:
+    (B, T, F), (B,) -> B lists of ids without EOS, and their scores. A sound is done when an ended hypothesis
+    is as good as the best that goes on. None has more characters than the listener has frames, which also
+    ends endless repetition."""
+    memory, ctc_logits = model.listen(features, lengths)
+    b, k, device, steps = len(features), beam_size, features.device, memory[2].shape[1] + 1
+    state, tokens = model.start(b * k, device), torch.full((b * k,), BOS, device=device)
+    said = torch.full((b, k), -math.inf, device=device).index_fill(1, torch.tensor(0, device=device), 0.0)
+    ctc = CTCPrefixes(ctc_logits, memory[2], k) if ctc_weight else None
+    alive = torch.full((b, k, steps), PAD, device=device)
+    done, done_scores = alive.clone(), torch.full((b, k), -math.inf, device=device)
+    first = torch.arange(b, device=device)[:, None] * k
+    over = first[:, 0] < 0  # (B,): done, so that batch mates that are not change nothing
+    limit = memory[2].sum(1)[:, None, None]  # (B, 1, 1)
+    for t in range(steps):
+        logits, state, _ = model.step(tokens, state, memory)
+        logits[:, [PAD, BOS]] = -math.inf
+        only = (t >= limit) & (torch.arange(logits.shape[1], device=device) != EOS)  # (B, 1, V)
+        log_p = logits.float().log_softmax(-1).unflatten(0, (b, k)).masked_fill(only, -math.inf)
+        said = said[:, :, None] + log_p  # (B, K, V), by the speller
+        scores = (1 - ctc_weight) * said + ctc_weight * ctc.scores() if ctc else said
+        best, place = scores.flatten(1).topk(2 * k)  # 2 K, so that K go on even if K end
+        origin, token = place // logits.shape[1], place % logits.shape[1]
+        rows = alive.gather(1, origin[:, :, None].expand(-1, -1, steps))
+        rows[:, :, t] = token
+        ended = token == EOS
+        counts = ended[:, :k] & ~over[:, None]  # only an end among the best K counts
+        final = (best[:, :k] / (t + 1)).masked_fill(~counts, -math.inf)
+        done_scores, which = torch.cat([done_scores, final], 1).topk(k)
+        done = torch.cat([done, rows[:, :k]], 1).gather(1, which[:, :, None].expand(-1, -1, steps))
+        going, which = best.masked_fill(ended, -math.inf).topk(k)
+        if (over := over | (done_scores[:, 0] >= going[:, 0] / (t + 1))).all():
+            break
+        alive = rows.gather(1, which[:, :, None].expand(-1, -1, steps))
+        origin, token = origin.gather(1, which), token.gather(1, which)
+        said = said.flatten(1).gather(1, place.gather(1, which)).masked_fill(going == -math.inf, -math.inf)
+        state = [part[(first + origin).flatten()] for part in state]
+        tokens = token.flatten()
+        if ctc:
+            ctc.extend(origin, token)
+    ids = [[i for i in row if i not in (PAD, EOS)] for row in done[:, 0].tolist()]
+    return ids, done_scores[:, 0].tolist()
+
+
+# DATA -------------------------------------------------------------------------------------------------------
+# what --data auto looks for in data/NAME
+AUTO = {"librispeech": "LibriSpeech", "speech": "train.tsv", "hw4p2": "train-clean-100"}
+REAL = "--data librispeech downloads 100 hours of read English, 7 GB"
+URL = "https://www.openslr.org/resources/12"
+DIGESTS = {"train-clean-100": "2a93770f6d5c6c964bc36631d331a522",  # MD5, as published there
+           "dev-clean": "42e2234ba48799c1f50f24a7926300a1", "test-clean": "32fa31d27d2e1cad72775fee3f4849a9"}
+WORDS = [part.split() for part in (  # the demo's sentences take one of each; the adjectives may be missing
+    "THE A EVERY MY", "OLD RED SMALL GOOD", "DOG GIRL KING BIRD MAN", "SEES FINDS LOVES PAINTS TAKES",
+    "THE A EVERY MY", "BIG NEW BLUE WARM", "BOAT LAMP HOUSE CUP FLOWER")]
+
+
+def demo_voice(text, pitch, tract, speed, seed):
+    """A source-filter voice at 16 kHz: pulses at the speaker's pitch, or noise for some letters, and for each
+    letter two formants. Loudness and noise vary: (n,) float32."""
+    rng = np.random.default_rng(seed)
+    lengths = 80 * (200 * rng.uniform(0.07, 0.1, len(text) + 2) / speed).astype(int)  # round, for the FFT
+    begins, n = np.cumsum(lengths), lengths.sum()
+    f0 = pitch * (1 + 0.08 * np.sin(2 * math.pi * rng.uniform(0.5, 2) * np.arange(n) / 16000))
+    pulses = np.diff(np.floor(np.cumsum(f0) / 16000), prepend=0)
+    noise, wave = rng.normal(size=n), np.zeros(n)
+    for letter, begin, length in zip(text, begins, lengths[1:]):
+        if letter != " ":
+            i, span = ord(letter) - 65, slice(begin - 160, begin + length + 160)  # 10 ms into its neighbours
+            f1, f2 = (260 + 140 * (i % 5)) * tract, (900 + 480 * (i // 5)) * tract
+            source = (pulses if i % 4 != 3 else 0.1 * noise)[span] * np.hanning(length + 320) ** 0.3
+            f = np.fft.rfftfreq(length + 320, 1 / 16000)
+            formants = np.exp(-(((f - f1) / 90) ** 2)) + 0.7 * np.exp(-(((f - f2) / 160) ** 2))
+            wave[span] += np.fft.irfft(np.fft.rfft(source) * formants, length + 320)
+    wave = wave / wave.std() * rng.uniform(0.02, 0.1) + noise * rng.uniform(0.001, 0.01)
+    return wave.astype(np.float32)
+
+
+def demo_set(count, speakers, seed, without=()):
+    """[(what demo_voice takes, text)]: `count` sentences, each another, none in `without`, by some voices."""
+    rng, texts = np.random.default_rng(seed), {}
+    voices = [(rng.uniform(90, 240), rng.uniform(0.88, 1.12), rng.uniform(0.9, 1.1)) for _ in range(speakers)]
+    while len(texts) < count:
+        words = [part[rng.integers(len(part))] for part in WORDS]
+        keep = [True, rng.random() < 0.5, True, True, True, rng.random() < 0.5, True]
+        text = " ".join(word for word, kept in zip(words, keep) if kept)
+        texts |= {} if text in without else {text: None}
+    return [((text, *voices[rng.integers(speakers)], int(rng.integers(1 << 30))), text) for text in texts]
+
+
+@functools.lru_cache(1)
+def mel_transform():
+    import torchaudio
+    return torchaudio.transforms.MelSpectrogram(16000, 512, 400, 160, n_mels=80, power=2.0)
+
+
+def log_mel(waveform, sample_rate):
+    """80 log-mel energies, 25 ms windows every 10 ms, each with mean 0 and variance 1 over the sound: (n,) or
+    (channels, n) at any rate -> (T, 80) float32."""
+    import torchaudio
+    wave = torch.as_tensor(waveform, dtype=torch.float32)
+    wave = wave.mean(0) if wave.dim() == 2 else wave
+    if sample_rate != 16000:
+        wave = torchaudio.functional.resample(wave, sample_rate, 16000)
+    return normalised((mel_transform()(F.pad(wave, (0, max(0, 400 - len(wave))))) + 1e-6).log().T)
+
+
+def normalised(x):
+    """Each column of (T, F) with mean 0 and variance 1."""
+    return (x - x.mean(0)) / x.std(0).clamp_min(1e-3)
+
+
+def read_features(item, speed=1.0):
+    """(T, F) of a sound file, of a .npy of features (T, F), or of the demo's voice, heard at `speed`.
+    ValueError if there is nothing to hear: fewer than 8 frames, silence, values that are not finite."""
+    import soundfile
+    import torchaudio
+    if isinstance(item, Path) and item.suffix == ".npy":
+        x = torch.from_numpy(np.load(item)).float()
+        if x.dim() != 2:
+            raise ValueError(f"features are (T, F), not {tuple(x.shape)}")
+        x = normalised(F.interpolate(x.T[None], max(1, round(len(x) / speed)), mode="linear")[0].T)
+    else:
+        if isinstance(item, Path):
+            wave, rate = soundfile.read(item, dtype="float32", always_2d=True)
+        else:
+            wave, rate = demo_voice(*item), 16000
+        wave = torch.as_tensor(wave.T)
+        if speed != 1:
+            wave = torchaudio.functional.resample(wave, round(10 * speed), 10)
+        if not wave.any():
+            raise ValueError("silent" if wave.numel() else "empty")
+        x = log_mel(wave, rate)
+    if len(x) < 8 or not x.isfinite().all():
+        raise ValueError(f"{len(x)} frames, of 10 ms: it takes 8" if len(x) < 8 else "values are not finite")
+    return x
+
+
+def clean(text):
+    """Upper case in the alphabet: accents, punctuation go. ValueError for what has no obvious spelling."""
+    text = unicodedata.normalize("NFKD", text.replace("\u2019", "'").upper())
+    text = "".join(" " if c in "-\u2013\u2014/" or c.isspace() else c for c in text)
+    text = "".join(c for c in text if unicodedata.category(c)[0] not in "MP" or c == "'")
+    if odd := set(text) - set(ALPHABET):
+        raise ValueError(f"{min(odd)!r} in its transcript: spell it in letters")
+    if not text.split():
+        raise ValueError("its transcript is empty")
+    return " ".join(text.split())
+
+
+def find_utterances(cfg):
+    """{"train", "val", "test"} or {"train", "val"}: lists of (Path or what demo_voice takes, text)."""
+    folder = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data)
+    if cfg.data == "demo":
+        train = demo_set(1000, 40, 0)
+        held = demo_set(200, 10, 1, {text for _, text in train})
+        return {"train": train, "val": held[:50], "test": held[50:]}
+    libri = folder / "LibriSpeech"
+    if cfg.data == "librispeech" and not libri.is_dir() and RANK == 0:
+        download(folder)
+    while cfg.data == "librispeech" and not libri.is_dir():  # the other processes wait for rank 0
+        time.sleep(1)
+    if libri.is_dir():
+        parts = {"train": "train-clean-100", "val": "dev-clean", "test": "test-clean"}
+        found = {name: [(Path(list_.parent, f"{line.split()[0]}.flac"), line.split(maxsplit=1)[1])
+                        for list_ in sorted((libri / part).rglob("*.trans.txt"))
+                        for line in list_.read_text(encoding="utf-8").splitlines() if line.strip()]
+                 for name, part in parts.items() if (libri / part).is_dir()}
+    elif (folder / "train-clean-100" / "mfcc").is_dir():
+        found = {name: [(p, read_transcript(p)) for p in sorted((folder / part / "mfcc").glob("*.npy"))]
+                 for name, part in (("train", "train-clean-100"), ("val", "dev-clean"))}
+    else:
+        files = [folder / "train.tsv", folder / "dev.tsv"] if folder.is_dir() else [folder]
+        found = {name: read_tsv(path) for name, path in zip(("train", "val"), files)
+                 if path == files[0] or path.exists()}
+    if "val" not in found:
+        held = max(1, len(found["train"]) // 20)
+        say(f"note: there is no set to validate on, so the last {held} utterances are")
+        found["train"], found["val"] = found["train"][:-held], found["train"][-held:]
+    for name, part in found.items():
+        if not part:
+            raise UserError(f"{folder}: no utterances for {name}; data/README.md says what goes where")
+    return found
+
+
+def read_tsv(path):
+    """[(sound file, text)] of lines `path<TAB>transcript`, paths relative to the file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not a readable TSV ({e}); data/README.md says what goes where") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip() and "\t" not in line:
+            raise UserError(f"{path}, line {number}: has no tab; each line is `path<TAB>transcript`")
+    pairs = (line.split("\t", 1) for line in lines if line.strip())
+    return [(path.parent / name, text) for name, text in pairs]
+
+
+def read_transcript(path):
+    """The text beside the features of an HW4P2 utterance: characters between <sos> and <eos>."""
+    try:
+        letters = np.load(path.parent.parent / "transcript" / "raw" / path.name).tolist()
+        return "".join(c for c in letters if c not in ("<sos>", "<eos>"))
+    except Exception as e:  # a damaged array can raise nearly anything
+        raise UserError(f"{path}: its transcript is missing or damaged ({e})") from None
+
+
+def download(folder):
+    """LibriSpeech, checked and unpacked into `folder`, where it shows only when it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, wanted in DIGESTS.items():
+        archive, source = folder / f"{part}.tar.gz", f"{URL}/{part}.tar.gz"
+        try:
+            if not archive.exists():
+                say(f"downloading {source}")
+                urllib.request.urlretrieve(source, archive.with_suffix(".part"))
+                os.replace(archive.with_suffix(".part"), archive)
+            digest = hashlib.md5()
+            with archive.open("rb") as f:
+                for block in iter(lambda: f.read(1 << 20), b""):
+                    digest.update(block)
+            if digest.hexdigest() != wanted:
+                archive.unlink()
+                raise OSError("it arrived damaged, run it again")
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder / "unpacking", filter="data")
+        except OSError as e:
+            raise UserError(f"{source}: no download ({e}); data/README.md says what goes where") from None
+    os.replace(folder / "unpacking" / "LibriSpeech", folder / "LibriSpeech")
+
+
+def prepare(cfg, name, items, speeds):
+    """(features of all utterances one after the other, (N, F) float16; lengths; texts), each utterance once
+    per speed. A text of None is unknown. Computed once, by rank 0, and kept in data/NAME/cache under a key
+    made of all that goes in."""
+    names = [f"{item} {item.stat().st_mtime_ns if item.exists() else 0}" if isinstance(item, Path) else ""
+             for item, _ in items]
+    key = f"{seed_for('log-mel 2', names, [text for _, text in items], speeds):x}"
+    home = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data).parent
+    path = home / "cache" / f"{name}-{key}.pt"
+    while cfg.data != "demo" and (path.exists() or RANK):
+        with contextlib.suppress(Exception):  # a damaged one is made again
+            return torch.load(path, weights_only=True, mmap=True)
+        if RANK == 0:
+            break
+        time.sleep(1)
+    parts, texts, bad = [], [], []
+    for number, (item, text) in enumerate(items):
+        try:
+            text = "" if text is None else clean(text)
+            parts += [read_features(item, speed).half() for speed in speeds]
+            texts += [text] * len(speeds)
+        except Exception as e:  # a damaged file can raise nearly anything
+            bad.append(f"{item} ({e})")
+        if cfg.data != "demo" and number % 500 == 499:
+            say(f"features of {name}: {number + 1:,} of {len(items):,} files")
+    if bad:
+        say(f"note: {len(bad)} of {len(items)} files are unreadable, skipped: {', '.join(bad[:5])}")
+    if len(items) <= 20 * len(bad):
+        raise UserError(f"{cfg.data}: {len(bad)} of {len(items)} files are unreadable, first {bad[0]}")
+    if len({part.shape[1] for part in parts}) > 1:
+        raise UserError(f"{cfg.data}: the files have different numbers of features per frame")
+    result = torch.cat(parts), [len(part) for part in parts], texts
+    if cfg.data != "demo" and RANK == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(result, part := path.with_suffix(".part"))
+            os.replace(part, path)
+        except (OSError, RuntimeError) as e:
+            if WORLD > 1:
+                raise UserError(f"{path}: cannot be written ({e}), and other processes wait for it") from None
+            say(f"note: the features are not kept ({e})")
+    return result
+
+
+def load_data(cfg, training=True):
+    """{split: (features (N, F), lengths, texts)} of "train" (only for training), "val" and perhaps "test"."""
+    speeds = [float(speed) for speed in cfg.speeds.split()]
+    data = {name: prepare(cfg, name, items, speeds if name == "train" else [1.0])
+            for name, items in find_utterances(cfg).items() if training or name != "train"}
+    if len({features.shape[1] for features, *_ in data.values()}) > 1:
+        raise UserError(f"--data {cfg.data}: its parts have different numbers of features a frame")
+    return data
+
+
+class Batches:
+    """Utterances in batches of about `budget` frames, sorted by length, so that there is hardly any padding.
+    Those of about the same length are shuffled anew in each epoch, and so is the order of the batches."""
+
+    def __init__(self, data, budget, device):
+        features, lengths, texts = data
+        self.features = features.to(device) if features.nbytes < 4e9 else features
+        self.begin, self.lengths, self.texts = np.cumsum([0, *lengths[:-1]]), np.array(lengths), texts
+        in_order = np.sort(self.lengths)
+        starts = [0]
+        for i, length in enumerate(in_order):
+            if (i + 1 - starts[-1]) * length > budget and i > starts[-1]:
+                starts.append(i)
+        self.cuts, self.device = list(zip(starts, [*starts[1:], len(texts)])), device
+
+    @functools.lru_cache(1)
+    def order(self, seed, epoch):
+        rng = np.random.default_rng(seed_for(seed, epoch))
+        jitter = self.lengths * rng.uniform(1, 1.05, len(self.lengths))
+        return np.argsort(jitter), rng.permutation(len(self.cuts))
+
+    def get(self, seed, step):
+        """This rank's share of the batch of a step, which counts from 1: features (B, T, F), lengths (B,),
+        targets (B, U), and the numbers of characters, EOS included, and of utterances in the whole batch."""
+        epoch, place = divmod(step - 1, len(self.cuts))
+        order, batches = self.order(seed, epoch)
+        a, b = self.cuts[batches[place]]
+        chosen, whole = order[a + RANK : b : WORLD], order[a:b]
+        characters = sum(len(self.texts[i]) + 1 for i in whole)
+        if not len(chosen):  # fewer utterances than processes: the first one, weighed with nothing
+            chosen = whole[:1]
+        return *self.gather(chosen), characters, len(whole)
+
+    def gather(self, chosen):
+        lengths = torch.from_numpy(self.lengths[chosen])
+        at = torch.from_numpy(self.begin[chosen])[:, None] + torch.arange(int(lengths.max()))
+        at = at.clamp(max=len(self.features) - 1).to(self.features.device)
+        x = self.features[at].to(self.device).float()
+        lengths = lengths.to(self.device)
+        x = x * (torch.arange(x.shape[1], device=self.device) < lengths[:, None])[:, :, None]
+        return x, lengths, spell([self.texts[i] for i in chosen]).to(self.device)
+
+
+def spell(texts):
+    """Texts -> ids (B, U), each ending in EOS."""
+    rows = [torch.tensor([*(3 + ALPHABET.index(c) for c in text), EOS]) for text in texts]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+def spec_augment(x, strength):
+    """Two stripes each of frequencies and of frames of every sound become the mean, 0 (Park et al., 2019)."""
+    import torchaudio
+    y = x.mT[:, None]  # (B, 1, F, T)
+    for _ in range(2):
+        y = torchaudio.functional.mask_along_axis_iid(y, int(strength * x.shape[2] * 0.3), 0.0, 2)
+        y = torchaudio.functional.mask_along_axis_iid(y, int(strength * 40), 0.0, 3, p=0.2)
+    return y[:, 0].mT
+
+
+# METRICS ----------------------------------------------------------------------------------------------------
+def edit_distance(a, b):
+    """Levenshtein distance of two sequences: the least number of insertions, deletions and substitutions."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
+def wer(references, hypotheses):
+    """Word errors of the corpus over its words, a fraction, from lists of strings; ValueError if they differ
+    in length or hold nothing."""
+    return error_rate([r.split() for r in references], [h.split() for h in hypotheses])
+
+
+def cer(references, hypotheses):
+    """Character errors of the corpus over its characters, a fraction, spaces at the ends apart."""
+    return error_rate([r.strip() for r in references], [h.strip() for h in hypotheses])
+
+
+def error_rate(references, hypotheses):
+    if len(references) != len(hypotheses) or not sum(map(len, references)):
+        raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references that hold something")
+    return sum(map(edit_distance, references, hypotheses)) / sum(map(len, references))
+
+
+# EVALUATE, PREDICT ------------------------------------------------------------------------------------------
+def transcripts(model, data, cfg, device, beam_size):
+    """(texts, scores) of all utterances; each process does its share, and all get the result."""
+    model.eval()
+    batches, n = Batches(data, 30000, device), len(data[1])
+    order = np.argsort(batches.lengths, kind="stable")
+    width = max(batches.lengths) + 1
+    ids, scores = torch.zeros(n, width, dtype=torch.long, device=device), torch.zeros(n, device=device)
+    for number, (a, b) in enumerate(batches.cuts):
+        if number % WORLD == RANK:
+            x, lengths, _ = batches.gather(order[a:b])
+            rows, values = beam_search(model, x, lengths, beam_size, 0.5 if cfg.ctc_weight else 0)
+            for i, row, value in zip(order[a:b].tolist(), rows, values):
+                ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+                scores[i] = value
+    rows, scores = all_sum(ids).tolist(), all_sum(scores).tolist()
+    return ["".join(ALPHABET[i - 3] for i in row if i > 2).strip() for row in rows], scores
+
+
+def evaluate(model, cfg, data, device, beam_size):
+    """(figures, texts): errors of free-running transcripts, never teacher-forced, in percent."""
+    texts, _ = transcripts(model, data, cfg, device, beam_size)
+    distance = statistics.fmean(map(edit_distance, data[2], texts))
+    return {"cer": 100 * cer(data[2], texts), "wer": 100 * wer(data[2], texts), "distance": distance}, texts
+
+
+def score(model, cfg, data, folder, device):
+    """The figures of the test set, or where there is none of the validation set; writes the transcripts."""
+    name = "test" if "test" in data else "val"
+    figures, texts = evaluate(model, cfg, data[name], device, cfg.beam_size)
+    if RANK == 0:
+        lines = [f"{ref}\t{hyp}\n" for ref, hyp in zip(data[name][2], texts)]
+        (folder / f"{name}.tsv").write_text("reference\thypothesis\n" + "".join(lines), encoding="utf-8")
+        extra = sorted((Path("data", cfg.data) / "test-clean" / "mfcc").glob("*.npy"))
+        if cfg.data == "hw4p2" and extra:  # the task's own test set comes without transcripts
+            unknown = prepare(cfg, "submission", [(path, None) for path in extra], [1.0])
+            texts, _ = transcripts(model, unknown, cfg, device, cfg.beam_size)
+            rows = "".join(f"{i},{text}\n" for i, text in enumerate(texts))
+            (folder / "submission.csv").write_text("index,label\n" + rows, encoding="utf-8")
+    return figures | {"n": len(data[name][2])}
+
+
+@torch.no_grad()
+def draw(model, data, path, device):
+    """A picture of where the speller listens: one utterance, frames against characters, over its log-mels."""
+    if RANK or not (figure := new_figure(9, 6)):
+        return
+    model.eval()
+    place = int(np.argsort(data[1])[len(data[1]) // 2])
+    x, lengths, targets = Batches(data, 1, device).gather(np.array([place]))
+    _, attention, _ = model(x, lengths, targets)
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3])
+    seconds = x.shape[1] / 100
+    top.imshow(x[0].T.cpu().numpy(), aspect="auto", origin="lower", extent=(0, seconds, 0, x.shape[2]))
+    top.set_ylabel("feature")
+    u, text = targets.shape[1], data[2][place]
+    below.imshow(attention[0].cpu().numpy(), aspect="auto", cmap="Blues", extent=(0, seconds, u, 0))
+    below.set_yticks(np.arange(u) + 0.5, [*text.replace(" ", "_"), "end"], fontsize=7)
+    below.set(xlabel="time (s)", ylabel="character")
+    figure.savefig(path, dpi=90)
+
+
+def build(cfg, n_features, device):
+    shape = cfg.hidden, cfg.layers, cfg.speller, cfg.dropout, cfg.stack
+    return LAS(n_features, 3 + len(ALPHABET), *shape).to(device)
+
+
+def cut_at_pauses(x, longest):
+    """(T, F) -> parts of at most `longest` frames, cut where it is quietest in the second half of each."""
+    parts = []
+    while len(x) > longest:
+        loud = F.avg_pool1d(x.mean(1)[None, None], 15, 1, 7)[0, 0]
+        at = longest // 2 + int(loud[longest // 2 : longest].argmin())
+        parts, x = [*parts, x[:at]], x[at:]
+    return [*parts, x]
+
+
+def predict(mode, inputs, flags):
+    """Every mode that uses a trained model."""
+    with contextlib.redirect_stdout(sys.stderr if mode == "transcribe" else sys.stdout):  # there, text only
+        cfg, ckpt, device, folder = open_checkpoint(flags)
+    model = build(cfg, ckpt["n_features"], device).eval()
+    load_weights(model, ckpt["model"], cfg.ckpt)
+    if mode == "eval":
+        data = load_data(cfg, training=False)
+        if (n := data["val"][0].shape[1]) != ckpt["n_features"]:
+            raise UserError(f"--data {cfg.data}: {n} features a frame; {cfg.ckpt} takes {ckpt['n_features']}")
+        figures = score(model, cfg, data, folder, device)
+        return say(f"{show(figures, ', ', '.6g')}\nwritten: {folder}/*.tsv")
+    bad, lines = [], []
+    for name in inputs:
+        try:
+            x = read_features(Path(name))
+            if x.shape[1] != ckpt["n_features"]:
+                raise ValueError(f"{x.shape[1]} features a frame, where the model takes {ckpt['n_features']}")
+        except Exception as e:  # a damaged file can raise nearly anything; the others are done all the same
+            bad.append(f"{name} ({e})")
+            continue
+        parts = cut_at_pauses(x, ckpt["longest"])
+        data = torch.cat(parts).half(), [len(part) for part in parts], [""] * len(parts)
+        texts, scores = transcripts(model, data, cfg, device, cfg.beam_size)
+        line = {"file": name, "text": " ".join(filter(None, texts)), "seconds": len(x) / 100,
+                "score": round(statistics.fmean(scores), 4)}  # log-probability per character
+        say(json.dumps(line) if cfg.json else f"{name}: {line['text']}" if len(inputs) > 1 else line["text"])
+        lines.append(f"{name}\t{line['text']}\n")
+    if cfg.save and RANK == 0:
+        (folder / "transcripts.tsv").write_text("".join(lines), encoding="utf-8")
+    if bad:
+        raise UserError(f"{', '.join(bad[:5])}: cannot be heard; give sound files, or features as .npy")
+
+
+# ---- runtime: identical in all five scripts ----
+SCRIPT = Path(__file__).stem
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+FREE = {"out", "save", "resume", "device", "compile", "max_steps", "max_minutes", "save_every", "log_every"}
+
+
+class UserError(Exception):
+    """What a user can mend: shown as one `error:` line, exit status 2."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    try:
+        yield
+    except (UserError, OSError, torch.OutOfMemoryError) as e:
+        hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
+        print("error:", *f"{hint}{e}".split(), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def say(text, end="\n"):
+    if RANK == 0:
+        print(text, end=end, flush=True)
+
+
+def seed_for(*key):
+    """A seed from any key, the same everywhere: (seed, step, rank) for a step, (seed, epoch) for an order."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
+
+
+def parse_args(argv):
+    """(mode, inputs, flags): flags are what was typed, no more; presets and checkpoints fill in the rest."""
+    def refuse(message):
+        raise UserError(f"{message}; see python {SCRIPT}.py --help")
+    parser = argparse.ArgumentParser(usage=f"{SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]",
+                                     description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    parser.add_argument("words", nargs="*", metavar="MODE", help="; ".join(map(": ".join, MODES.items())))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    for f in dataclasses.fields(Config):
+        kind, text = type(f.default), comments[f.name]
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        if choices := re.match(r"\w+(\|\w+)+", text):  # a comment that begins with a|b|c lists the choices
+            how["choices"] = choices[0].split("|")
+        how |= {"default": argparse.SUPPRESS, "help": f"{text} [{f.default}]".replace("%", "%%")}
+        parser.add_argument(*dict.fromkeys([f"--{f.name}", "--" + f.name.replace("_", "-")]), **how)
+    flags = vars(parser.parse_intermixed_args(argv))
+    mode, *inputs = flags.pop("words") or ["train"]
+    for name, value in flags.items():  # sizes, intervals and epochs are at least 1, other numbers 0
+        least = int(name.endswith(("_size", "_dim", "_every", "epochs")))
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            refuse(f"--{name} {value}: must be finite, and at least {least}")
+    if mode not in MODES:
+        refuse(f"{mode!r} is none of the modes {', '.join(MODES)}")
+    takes = re.match(r"([A-Z .[\]]+): ", MODES[mode])  # "FOLDER: ..." must have inputs, "[TEXT]: ..." may
+    if bool(inputs) > bool(takes) or (takes and takes[1][0] != "[" and not inputs):
+        refuse(f"{mode} works on {takes[1] if takes else 'no input'}, not {' '.join(inputs) or 'nothing'}")
+    return mode, inputs, flags
+
+
+def pick_device(name):
+    """The device that --device means; under torchrun the one of this process, and here the processes meet."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in ("auto", "cpu", best):
+        raise UserError(f"--device {name}: there is none here; use --device {best}")
+    device = torch.device(best if name == "auto" else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+        torch.set_float32_matmul_precision("high")  # TF32
+    if WORLD > 1:  # workers that torchrun restarts must not find the addresses of those before in its store
+        store, env = next(dist.rendezvous("env://"))[0], os.environ.get
+        attempt = env("TORCHELASTIC_RESTART_COUNT", "") if env("LOCAL_WORLD_SIZE") == str(WORLD) else ""
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD,
+                                store=dist.PrefixStore(attempt, store))
+    return device
+
+
+def pick_dtype(name, device):
+    """`auto` is bfloat16 where the chip multiplies it natively; on a CPU, only if this script gains by it."""
+    info, cuda = Path("/proc/cpuinfo"), device.type == "cuda"
+    native = torch.cuda.get_device_capability() >= (8, 0) if cuda else (
+        CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text()))
+    dtype = name if name != "auto" else "bfloat16" if native else "float32"
+    chip = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
+    say(f"device: {device} ({chip}) x {WORLD}, {dtype} ({'' if native else 'no '}gain from bfloat16 here)")
+    return dtype
+
+
+def all_sum(tensor):
+    """The sum over all processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def load_checkpoint(path):
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if ckpt["script"] == SCRIPT:
+            return ckpt
+        problem = f"a checkpoint of {ckpt['script']}.py"
+    except FileNotFoundError:
+        problem = "no such file"
+    except Exception as e:  # a damaged file can raise nearly anything
+        problem = f"not a readable checkpoint ({type(e).__name__})"
+    raise UserError(f"{path}: {problem}; train first, or name a checkpoint of {SCRIPT}.py")
+
+
+def load_weights(model, state, path, strict=True):
+    """Copies weights into the model; unless strict (--init), those of another size are left out and named."""
+    mine = model.state_dict()
+    fit = {k: v for k, v in state.items() if k in mine and v.shape == mine[k].shape}
+    if left := sorted((set(mine) | set(state)) - set(fit)):
+        if strict or not fit:
+            raise UserError(f"{path}: its weights do not fit this model: {', '.join(left[:5])}")
+        say(f"note: not taken from {path}, being of another size: {', '.join(left[:5])}")
+    model.load_state_dict(fit, strict=False)
+
+
+def merge(ckpt, flags, path, fixed):
+    """A checkpoint's Config under the flags typed now, of which the `fixed` ones may not differ from it."""
+    for name in sorted(fixed & set(flags)):
+        if flags[name] != (saved := ckpt["config"].get(name)):
+            raise UserError(f"--{name} {flags[name]}: {path} was made with {saved}; leave it, or start anew")
+    return Config(**ckpt["config"] | flags)
+
+
+def open_checkpoint(flags):
+    """(cfg, ckpt, device, folder to write into) for the modes that use a trained model."""
+    newest = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=lambda p: p.stat().st_mtime)
+    path = flags.get("ckpt") or (newest[-1] if newest else f"out/{SCRIPT}-demo/best.pt")
+    ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
+    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
+    say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {ckpt['best']:.5g}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return cfg, ckpt, pick_device(cfg.device), folder
+
+
+class Run:
+    """A training run: its configuration and folder, the losses on the way, the wish to stop."""
+
+    def __init__(self, flags, training):
+        self.began, self.pending, self.wish, self.stop = time.perf_counter(), [], False, False
+        name = flags.get("data", "auto")
+        if name == "auto":
+            name = next((n for n, inside in AUTO.items() if Path("data", n, inside).exists()), "demo")
+        say(f"data: {name}" + (f" (generated; {REAL})" if name == "demo" else ""))
+        self.device, self.ckpt = pick_device(flags.get("device", "auto")), {}
+        self.cfg, box = Config(**PRESETS.get(name, {}) | flags | {"data": name}), [None]
+        if training and RANK == 0:  # rank 0 picks the folder, and tells the others
+            box = [self.pick_folder(Path(flags.get("out") or f"out/{SCRIPT}-{Path(name).name}"), flags)]
+        if WORLD > 1:
+            dist.broadcast_object_list(box)
+        self.folder = box[0]
+        if training and (last := self.folder / "last.pt").exists():
+            self.ckpt = load_checkpoint(last)
+            self.cfg = merge(self.ckpt, flags, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+        self.cfg.dtype = pick_dtype(self.cfg.dtype, self.device)
+        start = {"step": 0, "best": None, "window": [], "seconds": 0.0}
+        self.step, self.best, self.window, self.seconds = (self.ckpt.get(k, v) for k, v in start.items())
+        self.mark = self.began, self.step
+        if training and RANK == 0:  # the log goes on from the checkpoint's step
+            path = self.folder / "log.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else []
+            kept = [s for s in lines if (r := json.loads(s))["step"] <= self.step and r["split"] != "test"]
+            path.write_text("".join(f"{s}\n" for s in kept), encoding="utf-8")
+            self.log = path.open("a", encoding="utf-8", buffering=1)
+        for number in (signal.SIGINT, signal.SIGTERM) if training else ():
+            signal.signal(number, self.ask_to_stop)
+
+    def pick_folder(self, base, flags):
+        """The folder to write into: one that holds a run is continued or left alone."""
+        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))]
+        runs = {p: (p / "last.pt").stat().st_mtime for p in family if (p / "last.pt").exists()}
+        folder = next(p for p in family if not (p / "log.jsonl").exists())
+        if flags.get("resume"):
+            folder = max(runs, key=runs.get) if runs and not flags.get("out") else base
+        say(f"run: {folder}" + (" continued" if folder in runs else f" ({base} is taken)" * (folder != base)))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def ask_to_stop(self, number, _):
+        self.wish = True
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def step_done(self, losses, total, count, lr):
+        """After each step: (evaluate, save), the same on all ranks. `losses` is {name: scalar on the device},
+        this rank's share (its sum * world / global count); `count` is the number of items in the step. Losses
+        stay on the device until a log line or a save is due: there a non-finite one is seen, and ranks agree
+        to stop."""
+        self.step, cfg = self.step + 1, self.cfg
+        self.pending.append(torch.stack([v.detach().float() for v in losses.values()]))
+        log, check, save = (self.step == total or self.step % n == 0
+                            for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
+        self.wish |= 0 < cfg.max_minutes <= (time.perf_counter() - self.began) / 60
+        if log or check or save or (self.wish and WORLD == 1):
+            rows = torch.stack([*self.pending, torch.full_like(self.pending[0], float(self.wish))])
+            *rows, wish = (all_sum(rows) / WORLD).tolist()  # the shares' mean is the loss of the global batch
+            for step, row in enumerate(rows, self.step - len(rows) + 1):
+                if not all(map(math.isfinite, row)):
+                    raise UserError(f"step {step}: the loss is not finite, {dict(zip(losses, row))}; last.pt "
+                                    "is from before: start anew with a lower --lr, or --dtype float32")
+            self.window, self.pending = self.window + rows, []
+            self.stop = wish[0] > 0 and self.step < total
+        if log:
+            rate = (self.step - self.mark[1]) / max(1e-9, time.perf_counter() - self.mark[0])
+            means = {name: statistics.fmean(column) for name, column in zip(losses, zip(*self.window))}
+            self.write("train", means | {"lr": lr, "items/s": round(rate * count, 1)},
+                       f"| eta {(total - self.step) / max(rate, 1e-9) / 60:.1f} min", end="\r")
+            self.window, self.mark = [], (time.perf_counter(), self.step)
+        return check, check or save or self.stop
+
+    def write(self, split, figures, more="", end="\n"):
+        """A record in log.jsonl, and a line, which on a terminal is overwritten if it ends in a return."""
+        if RANK == 0:
+            self.log.write(json.dumps({"step": self.step, "split": split, **figures}) + "\n")
+            live = sys.stdout.isatty()
+            line = f"{split:5} {self.step:>6} | {show(figures, ' ', '<8.4g')}{more}"
+            say("\x1b[K" * live + line, end if live else "\n")
+
+    def save(self, name, **state):
+        """Rank 0 writes the checkpoint: whole or not at all, whatever happens meanwhile."""
+        seconds = self.seconds + time.perf_counter() - self.began
+        state |= {"script": SCRIPT, "config": dataclasses.asdict(self.cfg), "step": self.step,
+                  "best": self.best, "window": self.window, "seconds": seconds}
+        path, part = self.folder / name, self.folder / f"{name}.part"
+        try:
+            if RANK == 0:
+                with part.open("wb") as f:
+                    torch.save(state, f)
+                    os.fsync(f.fileno())
+                os.replace(part, path)
+        except (OSError, RuntimeError) as e:
+            part.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot save ({e}); its old content is whole; make room, --resume")
+        all_sum(torch.zeros(1, device=self.device))  # the others wait, so that they read what was saved
+        self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
+
+    def finish(self, figures):
+        """The last line of a run, and its learning curves."""
+        self.write("test", figures)
+        minutes = (self.seconds + time.perf_counter() - self.began) / 60
+        if RANK == 0:
+            self.log.close()
+            draw_curves(self.folder)
+        say(f"log and pictures: {self.folder}\n"
+            f"final test {show(figures, ', ', '.5g')} | {minutes:.1f} min | {peak_gb(self.device):.1f} GB")
+
+
+def show(figures, between, form):
+    return between.join(f"{k} {v:{form}}" for k, v in figures.items() if isinstance(v, (int, float)))
+
+
+def peak_gb(device):
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else rss) / 1e9
+
+
+def new_figure(*size):
+    """A matplotlib Figure; where there is no matplotlib, None and a line that says so."""
+    try:
+        from matplotlib.figure import Figure
+        return Figure(figsize=size, layout="constrained")
+    except ImportError:
+        say("note: a picture is left out, since matplotlib is not installed")
+
+
+def draw_curves(folder):
+    """curves.png: each figure of log.jsonl against the step."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = {k: v for r in records[:-1] for k, v in r.items()}
+    names = [k for k, v in last.items() if isinstance(v, (int, float))]
+    rows = math.ceil(len(names) / 3)
+    if figure := new_figure(12, 3 * rows):
+        for i, name in enumerate(names[1:], 1):  # the first is the step
+            axes = figure.add_subplot(rows, 3, i, xlabel="step", ylabel=name)
+            for split in ("train", "val"):
+                if points := [(r["step"], r[name]) for r in records if r["split"] == split and name in r]:
+                    axes.plot(*zip(*points), label=split, marker="." if len(points) < 30 else "")
+            axes.legend()
+        figure.savefig(folder / "curves.png", dpi=100)
+
+
+def bench(run, raw, fetch, update, count):
+    """Times the training step, eager, then compiled, and prints a JSON line: fetch(step) -> batch is the wait
+    for data, update(step, batch) the computation; `count` items are in a step."""
+    wait = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
+    with FlopCounterMode(display=False) as flops:
+        update(1, fetch(1))
+    result = {"script": SCRIPT, "device": str(run.device), "dtype": run.cfg.dtype, "world": WORLD}
+    for kind in ("eager", "compiled"):
+        times = []
+        for step in range(1, 37):  # the first compiles, five more warm up
+            start = time.perf_counter()
+            if kind == "compiled" and step == 1:
+                raw.compile()
+            batch = fetch(step)
+            wait()
+            ready = time.perf_counter()
+            update(step, batch)
+            wait()
+            times.append((time.perf_counter() - start, ready - start))
+        seconds, data = (statistics.median(column) for column in zip(*times[6:]))
+        result[kind] = {"items/s": round(count / seconds, 1), "ms_per_step": round(1e3 * seconds, 3),
+                        "data_share": round(data / seconds, 4), "first_step_seconds": round(times[0][0], 1),
+                        "tflops": round(flops.get_total_flops() * WORLD / seconds / 1e12, 3)}
+    say(json.dumps(result | {"peak_gb": round(peak_gb(run.device), 2)}))
+# ---- end of runtime ----
+
+
+# MAIN -------------------------------------------------------------------------------------------------------
+@one_line_errors()
+def main(argv=None):
+    mode, inputs, flags = parse_args(argv)
+    if mode not in ("train", "bench"):
+        return predict(mode, inputs, flags)
+    run = Run(flags, training=mode == "train")
+    cfg, ckpt, device = run.cfg, run.ckpt, run.device
+    if not re.fullmatch(r"((0\.[5-9]|1\.\d|2\.0) ?)+", cfg.speeds):
+        raise UserError(f"--speeds {cfg.speeds!r}: takes numbers from 0.5 to 2.0, such as '0.9 1.0 1.1'")
+
+    data = load_data(cfg)
+    batches, n_features = Batches(data["train"], cfg.batch_size, device), data["train"][0].shape[1]
+    schedule = len(batches.cuts) * cfg.epochs
+    total, count = min(cfg.max_steps or schedule, schedule), round(sum(batches.lengths) / len(batches.cuts))
+    say(f"utterances: {', '.join(f'{len(part[1]):,} {name}' for name, part in data.items())}; {n_features} "
+        f"features; {sum(batches.lengths) / 360000:.2f} h to train on; steps: {total:,} of {count:,} frames")
+
+    torch.manual_seed(cfg.seed)
+    raw = build(cfg, n_features, device)
+    if ckpt or cfg.init:
+        load_weights(raw, (ckpt or load_checkpoint(cfg.init))["model"], cfg.init, strict=bool(ckpt))
+    optimizer = torch.optim.AdamW(raw.parameters(), cfg.lr, weight_decay=1e-4, fused=True)
+    if ckpt:
+        optimizer.load_state_dict(ckpt["optimizer"])
+    on_cuda = device.type == "cuda" and sys.platform == "linux"
+    if mode == "train" and (cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)):
+        raw.compile()  # in place, so that its weights keep their names
+    model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
+
+    def fetch(step):
+        torch.manual_seed(seed_for(cfg.seed, step, RANK))
+        return batches.get(cfg.seed, step)
+
+    def update(step, batch):
+        """One optimizer step; -> the parts of the loss."""
+        x, lengths, targets, characters, utterances = batch
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step, schedule)
+        raw.train()
+        share = max(0, step - cfg.warmup) / max(1, schedule - cfg.warmup)
+        if cfg.specaugment:
+            x = spec_augment(x, cfg.specaugment)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            logits, _, ctc_logits = model(x, lengths, targets, 1 - share * (1 - cfg.teacher))
+        weight = float(utterances > RANK)  # 0 for a process without an utterance of its own
+        spelling = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=PAD,
+                                   reduction="sum", label_smoothing=0.1)
+        log_p = ctc_logits.float().log_softmax(-1).transpose(0, 1)  # (T', B, V)
+        letters = targets.masked_fill(targets == EOS, PAD)
+        ctc = F.ctc_loss(log_p, letters, lengths // cfg.stack >> cfg.layers, (letters != PAD).sum(1), PAD,
+                         "sum", zero_infinity=True)  # a text longer than its sound has no path
+        spelling, ctc = (part * WORLD * weight / characters for part in (spelling, ctc))
+        loss = (1 - cfg.ctc_weight) * spelling + cfg.ctc_weight * ctc
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
+        optimizer.step()
+        return {"loss": loss, "spelling": spelling, "ctc": ctc}
+
+    if mode == "bench":
+        return bench(run, raw, fetch, update, count)
+
+    for step in range(run.step + 1, total + 1):
+        losses = update(step, fetch(step))
+        check, save = run.step_done(losses, total, count, learning_rate(cfg, step, schedule))
+        if check:
+            figures, _ = evaluate(raw, cfg, data["val"], device, 1)
+            run.write("val", figures)
+            if run.best is None or figures["cer"] < run.best:
+                run.best = figures["cer"]
+                run.save("best.pt", model=raw.state_dict(), n_features=n_features, alphabet=ALPHABET,
+                         longest=int(max(batches.lengths)))
+        if save:
+            run.save("last.pt", model=raw.state_dict(), optimizer=optimizer.state_dict())
+        if check:
+            draw(raw, data["val"], run.folder / "attention.png", device)
+        if run.stop:
+            command = f"python las_asr.py --data {cfg.data} --out {run.folder} --resume"
+            return say(f"stopped at step {step}; to continue: {command}")
+
+    load_weights(raw, load_checkpoint(run.folder / "best.pt")["model"], run.folder)
+    figures = score(raw, cfg, data, run.folder, device)
+    draw(raw, data["val"], run.folder / "attention.png", device)
+    run.finish(figures)
+
+
+def learning_rate(cfg, step, schedule):
+    """Linear warm-up, then half a cosine down to zero."""
+    return cfg.lr * min(step / max(1, cfg.warmup), 0.5 + 0.5 * math.cos(math.pi * step / schedule), 1)
+
+
+if __name__ == "__main__":
+    main()
