@@ -265,10 +265,92 @@ def las(flags, rounds, steps):
     report("las_asr", seconds, "ours", dtype="bfloat16", weights_ours=counts[0], weights_notebook=counts[1])
 
 
+class Embedded(nn.Module):
+    """A ConvNeXt of timm's or torchvision's, in a memory format, behind the interface of convnext_face.py's."""
+
+    def __init__(self, kind, layout, classes, cfg):
+        super().__init__()
+        if kind == "timm":
+            import timm
+            self.net = timm.create_model("convnext_tiny", num_classes=classes, drop_path_rate=cfg.drop_path)
+            self.parts = lambda x: self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+            self.out = lambda f: self.net.head.fc(f)
+        else:
+            import torchvision
+            self.net = torchvision.models.convnext_tiny(num_classes=classes, stochastic_depth_prob=cfg.drop_path)
+            self.parts = lambda x: self.net.classifier[:2](self.net.avgpool(self.net.features(x)))
+            self.out = lambda f: self.net.classifier[2](f)
+        self.layout = getattr(torch, layout)
+        self.to(memory_format=self.layout)
+        self.norm = nn.LayerNorm(768, elementwise_affine=True).requires_grad_(False)  # its width is looked at
+
+    def forward(self, x, with_features=False):
+        f = self.parts(x.contiguous(memory_format=self.layout))
+        return self.out(f).float(), f.float()
+
+
+def face(flags, rounds, steps):
+    """ConvNeXt-Tiny at 112 pixels: (a) timm's and torchvision's networks in the script's own loop, in both memory
+    formats; (b) the notebook's loop: transforms image by image, float32, two backward passes with retain_graph
+    for cross-entropy and center loss, empty_cache at every step."""
+    from torchvision.transforms import v2
+    import torchvision
+    flags = ["--size", "tiny", "--stem_stride", "4", "--image_size", "112", "--batch_size", "16", "--ema", "0", *flags]
+    module, box = captured("convnext_face", flags)
+    cfg, device, plain_build = box["run"].cfg, box["run"].device, module.build
+    sides = {"ours": box}
+    for kind in ("timm", "torchvision"):
+        for layout in ("channels_last", "contiguous_format"):
+            module.build = lambda cfg, classes, device: Embedded(kind, layout, len(classes), cfg).to(device)
+            sides[f"{kind} {layout}"] = captured("convnext_face", flags)[1]
+    module.build = plain_build
+    images, labels = module.load_data(cfg)["train"]
+    transform = v2.Compose([v2.ToPILImage(), v2.RandomHorizontalFlip(), v2.RandomAffine(15, (0.06, 0.06), (0.85, 1.15)),
+                            v2.ColorJitter(0.3, 0.3, 0.3), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                            v2.Normalize(module.MEAN, module.STD), v2.RandomErasing(0.3)])
+    loader = torch.utils.data.DataLoader(
+        list(zip(images, labels)), box["count"], shuffle=True, drop_last=True,
+        collate_fn=lambda items: (torch.stack([transform(x) for x, _ in items]), torch.stack([y for _, y in items])))
+
+    def forever():
+        while True:
+            yield from loader
+
+    batches, classes = forever(), int(labels.max()) + 1
+    net = torchvision.models.convnext_tiny(num_classes=classes, stochastic_depth_prob=cfg.drop_path).to(device)
+    centers = nn.Parameter(torch.randn(classes, 768, device=device))
+    first, second = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05), torch.optim.SGD([centers], 0.5)
+
+    def notebook(step):
+        x, y = (part.to(device) for part in next(batches))
+        f = net.classifier[:2](net.avgpool(net.features(x)))
+        entropy = nn.functional.cross_entropy(net.classifier[2](f), y)
+        center = 0.003 * ((f - centers[y]) ** 2).sum() / 2 / len(y)
+        first.zero_grad()
+        second.zero_grad()
+        entropy.backward(retain_graph=True)
+        center.backward()
+        first.step()
+        second.step()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        entropy.item()
+
+    steps_of = {name: (lambda step, side=side: side["update"](step, side["fetch"](step))) for name, side in sides.items()}
+    seconds = alternate(steps_of | {"notebook": notebook}, rounds, steps, device)
+    start = time.perf_counter()
+    for step in range(20):
+        box["fetch"](step + 1)
+    share = (time.perf_counter() - start) / 20 / seconds["ours"]
+    best = min(s for name, s in seconds.items() if name not in ("ours", "notebook"))
+    report("convnext_face", seconds, "ours", **{"ratio to the faster library": round(best / seconds["ours"], 3)},
+           data_share=round(share, 4), dtype=cfg.dtype)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=["vae", "mt", "las"])
+    parser.add_argument("name", choices=["vae", "mt", "las", "face"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     known, rest = parser.parse_known_args()  # the rest are flags of the script
-    {"vae": vae, "mt": mt, "las": las}[known.name](rest or ["--data", "demo"], known.rounds, known.steps)
+    {"vae": vae, "mt": mt, "las": las, "face": face}[known.name](rest or ["--data", "demo"], known.rounds, known.steps)

@@ -50,6 +50,15 @@ TABLE = {
         "shape_flag": "--hidden 9",
         "init_flag": "--hidden 9",
     },
+    "convnext_face": {
+        "tiny": "--image_size 16 --batch_size 16",
+        "noise_off": "--drop_path 0 --augment 0",
+        "patch": "pass",
+        "predict": "eval --save pictures",
+        "predicted": "pictures/hardest.png",
+        "shape_flag": "--stem_stride 4",
+        "init_flag": "--loss arcface",
+    },
 }
 NAMES = ["vae", "convnext_face", "fasterrcnn_mask", "las_asr", "transformer_mt"]
 SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]

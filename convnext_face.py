@@ -1,0 +1,1217 @@
+"""ConvNeXt for faces: it learns to tell people apart, then verifies and names people it has never seen.
+
+    python convnext_face.py --data demo                       # generated faces: no download, no GPU
+    python convnext_face.py --data hw2p2                      # CMU 11-785 HW2P2, small enough for a CPU
+    python convnext_face.py --data hw2p2-full                 # the same folder, the recipe for 7,000 people
+    python convnext_face.py --data path/to/people             # yours: one sub-folder of images per person
+    torchrun --nproc_per_node=8 convnext_face.py --data hw2p2-full
+    python convnext_face.py --data hw2p2 --resume             # goes on where a run was stopped, bit for bit
+
+    python convnext_face.py eval                              # of the newest out/convnext_face-*/best.pt
+    python convnext_face.py eval --pairs lfw/pairsDevTest.txt --images lfw/lfw-deepfunneled
+    python convnext_face.py verify a.jpg b.jpg                # the same person?
+    python convnext_face.py identify people/ who.jpg --json   # ranks the folder's people
+
+RESULTS_GO_HERE
+
+Papers: Liu et al., "A ConvNet for the 2020s", 2022, arXiv 2201.03545; Wen et al., "A Discriminative Feature
+Learning Approach for Deep Face Recognition" (center loss), 2016; Deng et al., "ArcFace", 2019, arXiv
+1801.07698; Huang et al., "Deep Networks with Stochastic Depth", 2016, arXiv 1603.09382. Data: CMU
+11-785, fall 2022, HW2P2 (Kaggle); Huang et al., "Labeled Faces in the Wild", 2007.
+"""
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.11.0", "torchvision==0.26.0", "numpy", "matplotlib"]
+# ///
+import argparse
+import contextlib
+import csv
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import resource
+import signal
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Config:
+    # the same in all five scripts
+    data: str = "auto"  # demo, hw2p2, hw2p2-full or a folder of a sub-folder per person; auto: hw2p2 or demo
+    out: str = ""  # the run's folder; empty: out/SCRIPT-DATA
+    save: str = ""  # where predictions go; empty: beside the checkpoint
+    ckpt: str = ""  # checkpoint for every mode but train; empty: the newest best.pt of this script
+    init: str = ""  # weights a new run starts from: a checkpoint, torchvision's ConvNeXt file, or imagenet
+    resume: bool = False  # continue the run's folder from its last.pt, if there is one
+    device: str = "auto"  # auto|cpu|cuda|mps where to run
+    dtype: str = "auto"  # auto|float32|bfloat16 autocast in training; metrics are always float32
+    compile: str = "auto"  # auto|on|off torch.compile; auto: on for CUDA on Linux
+    seed: int = 0  # of weights, order and noise
+    batch_size: int = 64  # images per step, over all processes
+    lr: float = 3e-3  # peak learning rate
+    max_steps: int = 0  # end the run after this many steps; 0: after the whole schedule
+    max_minutes: float = 0.0  # save and stop after this time; 0: never
+    eval_every: int = 300  # steps between validations
+    save_every: int = 300  # steps between saves, besides those at validations
+    log_every: int = 50  # steps between log lines
+    # the task
+    epochs: int = 34  # length of the schedule
+    warmup: int = 200  # steps in which the learning rate rises
+    size: str = "atto"  # mini|atto|pico|nano|tiny|small blocks and channels of the network
+    image_size: int = 64  # side in pixels that images are resized to
+    stem_stride: int = 4  # pixels from patch to patch: 4 as in the paper, or 2 for small images
+    drop_path: float = 0.1  # stochastic depth: chance of skipping the last block, less before it
+    augment: float = 0.7  # strength of the changes made to training images; 0: none
+    loss: str = "center"  # softmax|center|arcface cross-entropy; with center loss; with an angular margin
+    center_weight: float = 0.003  # weight of the center loss, the paper's lambda
+    ema: float = 0.998  # decay of the average of the weights, which is what is tested and kept
+    pairs: str = ""  # `eval`: a file of pairs in LFW's form, such as pairsDevTest.txt or pairs.txt
+    images: str = ""  # `eval`: the folder of the images that --pairs names
+    json: bool = False  # `verify` and `identify` print JSON lines
+
+
+FULL = {"size": "tiny", "image_size": 224, "batch_size": 512, "lr": 1e-3, "epochs": 60,
+        "warmup": 2000, "drop_path": 0.2, "ema": 0.9999, "eval_every": 2000, "save_every": 1000}
+PRESETS = {"demo": {"size": "mini", "image_size": 48, "stem_stride": 2, "epochs": 20, "ema": 0.99,
+                    "augment": 0.3, "warmup": 100, "eval_every": 200},
+           "hw2p2": {}, "hw2p2-full": FULL}
+MODES = {"train": "(default) train and test", "eval": "test a checkpoint, on LFW with --pairs and --images",
+         "verify": "IMAGE IMAGE: is it the same person?", "bench": "time the training step",
+         "identify": "GALLERY IMAGE...: who of the gallery, one sub-folder per person, is in each image?"}
+SHAPE = {"size", "image_size", "stem_stride", "loss"}  # what a checkpoint alone decides
+LAYER_SCALE = 0.2  # the paper's 1e-6 is for deep networks: with it a short run learns less
+CPU_BF16 = True  # measured: 1.5 to 2 times as fast as float32 on a CPU that multiplies bfloat16
+SIZES = {"mini": ((1, 1, 2, 1), (24, 48, 96, 192)), "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
+         "pico": ((2, 2, 6, 2), (64, 128, 256, 512)), "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
+         "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)), "small": ((3, 3, 27, 3), (96, 192, 384, 768))}
+
+
+# MODEL ------------------------------------------------------------------------------------------------------
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W); channels-last, the permutations cost nothing."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """x + gamma * W2 gelu(W1 norm(depthwise 7x7 of x)): (B, C, H, W) -> the same (Liu et al., figure 4).
+
+    The 1x1 convolutions are linear layers over the last dimension, which is faster. gamma (LayerScale) is
+    multiplied into W2 and its bias: the same function, with one pass less over the activations. Stochastic
+    depth leaves the branch out for a whole sample, and scales it otherwise, so that its expectation stays.
+    """
+
+    def __init__(self, dim, drop_path=0.0, layer_scale=1e-6):
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.expand, self.reduce = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.gamma, self.drop_path = nn.Parameter(torch.full((dim,), layer_scale)), drop_path
+
+    def forward(self, x):
+        h = self.norm(self.depthwise(x).permute(0, 2, 3, 1))  # (B, H, W, C)
+        h = F.gelu(self.expand(h))
+        h = F.linear(h, self.reduce.weight * self.gamma[:, None], self.reduce.bias * self.gamma)
+        h = h.permute(0, 3, 1, 2)
+        if not self.training or not self.drop_path:
+            return x + h
+        keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop_path
+        return torch.addcmul(x, h, keep.to(h.dtype), value=1 / (1 - self.drop_path))
+
+
+class CosineHead(nn.Module):
+    """`scale` times the cosine between features (B, D) and each person's direction: (B, num_classes)."""
+
+    def __init__(self, dim, num_classes, scale=32.0):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(0.02 * torch.randn(num_classes, dim)), scale
+
+    def forward(self, x):
+        return self.scale * F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt: images (B, 3, S, S), normalised -> logits (B, num_classes). S is any size from 8 strides on.
+
+    The stem keeps the paper's 4x4 kernel at any stride, so that weights fit; at stride 2 its patches overlap.
+    No layer mixes images, so that what one gives never depends on its batch.
+    """
+
+    def __init__(self, num_classes, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768), drop_path_rate=0.0,
+                 layer_scale=1e-6, stem_stride=4, cosine=False):
+        super().__init__()
+        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        self.downsample, self.stages = nn.ModuleList(), nn.ModuleList()
+        for i, (depth, dim) in enumerate(zip(depths, dims)):
+            stem = nn.Conv2d(3, dim, 4, stem_stride, (4 - stem_stride) // 2), LayerNorm2d(dim, eps=1e-6)
+            between = LayerNorm2d(dims[i - 1], eps=1e-6), nn.Conv2d(dims[i - 1], dim, 2, stride=2)
+            self.downsample.append(nn.Sequential(*(between if i else stem)))
+            self.stages.append(nn.Sequential(*(Block(dim, rates.pop(0), layer_scale) for _ in range(depth))))
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.head = CosineHead(dims[-1], num_classes) if cosine else nn.Linear(dims[-1], num_classes)
+        for part in self.modules():
+            if isinstance(part, (nn.Conv2d, nn.Linear)):
+                nn.init.trunc_normal_(part.weight, std=0.02)
+                nn.init.zeros_(part.bias)
+
+    def forward_features(self, x):
+        """(B, 3, S, S) -> (B, D): the embedding, D = dims[-1]."""
+        for downsample, stage in zip(self.downsample, self.stages):
+            x = stage(downsample(x))  # (B, dims[i], S / (stride * 2^i), likewise)
+        return self.norm(x.mean((2, 3)))
+
+    def forward(self, x, with_features=False):
+        """(B, 3, S, S) -> logits (B, num_classes), with features (B, D) if asked, in float32 always."""
+        features = self.forward_features(x).float()
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.head(features)
+        return (logits, features) if with_features else logits
+
+    def load_torchvision(self, state_dict):
+        """Takes the weights of torchvision's ConvNeXt; RuntimeError names those that do not fit."""
+        self.load_state_dict(from_torchvision(state_dict))
+
+
+def from_torchvision(state_dict):
+    """torchvision's names, and shapes of gamma, turned into those of `ConvNeXt`."""
+    names = {r"features\.0\.([01])\.": r"downsample.0.\1.", r"classifier\.0\.": "norm.",
+             r"classifier\.2\.": "head.", r"\.block\.0\.": ".depthwise.", r"\.block\.2\.": ".norm.",
+             r"\.block\.3\.": ".expand.", r"\.block\.5\.": ".reduce.", r"\.layer_scale$": ".gamma"}
+    state = {}
+    for key, value in state_dict.items():
+        for old, new in names.items():
+            key = re.sub(old, new, key)
+        if found := re.match(r"features\.(\d)\.(.*)", key):  # stages are 1, 3, 5, 7
+            number, rest = int(found[1]), found[2]
+            key = f"stages.{number // 2}.{rest}" if number % 2 else f"downsample.{number // 2}.{rest}"
+        state[key] = value.flatten() if key.endswith("gamma") else value
+    return state
+
+
+class CenterLoss(nn.Module):
+    """L_C = 1/2 |x_i - c_{y_i}|^2, each person's center c following the features (Wen et al., equations 2-4).
+
+    forward(features (B, D), labels (B,)) -> the mean over the batch, or with reduction="sum" the paper's sum.
+    The centers are no parameters: `update` moves each by alpha times the mean distance of its samples, with 1
+    added to their number (equation 4). The sums go over all processes, so that several do as one does.
+    """
+
+    def __init__(self, num_classes, dim, alpha=0.5):
+        super().__init__()
+        self.register_buffer("centers", torch.zeros(num_classes, dim))
+        self.alpha = alpha
+
+    def forward(self, features, labels, reduction="mean"):
+        loss = 0.5 * ((features - self.centers[labels]) ** 2).sum()
+        return loss / len(features) if reduction == "mean" else loss
+
+    @torch.no_grad()
+    def update(self, features, labels):
+        ones = torch.ones(len(features), 1, device=features.device)
+        moves = torch.zeros(len(self.centers), features.shape[1] + 1, device=features.device)
+        moves.index_add_(0, labels, torch.cat([self.centers[labels] - features.float(), ones], 1))
+        if dist.is_initialized():
+            dist.all_reduce(moves)
+        self.centers -= self.alpha * moves[:, :-1] / (1 + moves[:, -1:])
+
+
+def add_margin(logits, labels, scale=32.0, margin=0.4):
+    """ArcFace: s cos(theta) becomes s cos(theta + margin) for each sample's own class (equation 3):
+    (B, classes), labels (B,) -> (B, classes). Where theta + margin > pi it goes on falling linearly."""
+    cos = (logits.gather(1, labels[:, None]) / scale).clamp(-1 + 1e-6, 1 - 1e-6)
+    moved = cos * math.cos(margin) - (1 - cos**2).sqrt() * math.sin(margin)
+    moved = torch.where(cos > -math.cos(margin), moved, cos - margin * math.sin(margin))
+    return logits.scatter(1, labels[:, None], scale * moved)
+
+
+# DATA -------------------------------------------------------------------------------------------------------
+AUTO = {"hw2p2": "11-785-f22-hw2p2-classification"}  # what --data auto looks for in data/NAME
+REAL = "data/README.md says how to get hw2p2"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, so that --init imagenet fits
+
+
+def demo_faces(first, people, each, size):
+    """Generated faces of the people first, first + 1, ...: (people * each, 3, size, size) uint8, labels. A
+    person is a draw of proportions and colours; pose, light, expression, background, noise vary per image."""
+    images, axis = [], torch.linspace(-1, 1, size)
+    for person in range(first, first + people):
+        g = torch.Generator().manual_seed(seed_for("face", person))
+        who = iter(torch.rand(50, generator=g).tolist())
+        now = iter(2 * torch.rand(30, each, 1, 1, generator=g) - 1)  # each (each, 1, 1), in -1 to 1
+
+        def trait(low, high):
+            return low + (high - low) * next(who)
+
+        def paint(inside, colour):
+            """Lays a colour where `inside` (each, size, size) is above 0, with soft edges."""
+            canvas.lerp_(torch.tensor(colour).view(3, 1, 1), torch.sigmoid(20 * inside)[:, None])
+
+        def oval(cx, cy, rx, ry):
+            return (1 - (((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2).sqrt()) * 8 * rx
+
+        turn, zoom = 0.2 * next(now), 1.15 + 0.12 * next(now)
+        x, y = axis[None, None, :] - 0.12 * next(now), axis[None, :, None] - 0.12 * next(now)
+        x, y = zoom * (x * turn.cos() + y * turn.sin()), zoom * (y * turn.cos() - x * turn.sin())
+        yaw, pitch, smile, gape = 0.16 * next(now), 0.08 * next(now), next(now), next(now)
+        canvas = 0.5 + 0.4 * torch.stack([next(now) + 0.3 * next(now) * x for _ in range(3)], 1)
+        dark, light = trait(0, 1), trait(0.05, 0.85)
+        skin = [a + (b - a) * dark for a, b in ((0.98, 0.42), (0.82, 0.27), (0.70, 0.18))]
+        hair = [light, light * trait(0.5, 0.95), light * trait(0.2, 0.8)]
+        eye = [trait(0.05, 0.4), trait(0.1, 0.55), trait(0.05, 0.7)]
+        wide, high = trait(0.48, 0.7), trait(0.68, 0.88)
+        face = oval(0, 0, wide, high)
+        paint(torch.minimum(oval(0, -0.15, wide + trait(0.06, 0.26), high + 0.12), trait(0.1, 0.9) - y), hair)
+        paint(face, skin)
+        paint(torch.minimum(face, trait(-0.65, -0.3) - y + trait(-0.5, 0.5) * (x - yaw)), hair)  # a fringe
+        if trait(0, 1) < 0.3:
+            paint(torch.minimum(face, y - trait(0.25, 0.5) - 0.3 * pitch), hair)  # a beard
+        apart, level, big = trait(0.19, 0.32), trait(-0.2, 0.02) + pitch, trait(0.07, 0.13)
+        brow, slant, thick = trait(0.14, 0.26), trait(-0.35, 0.35), trait(0.02, 0.06)
+        glasses = trait(0, 1) < 0.3
+        for side in (-1, 1):
+            cx = side * apart + yaw
+            paint(oval(cx, level, 1.5 * big, big * (0.8 + 0.2 * gape)), (0.95, 0.95, 0.95))
+            paint(oval(cx + 0.3 * yaw, level, 0.75 * big, 0.75 * big), eye)
+            tilt = y - level + brow - slant * side * (x - cx) + 0.03 * smile
+            paint(torch.minimum(thick - tilt.abs(), 0.15 - (x - cx).abs()), [0.7 * c for c in hair])
+            if glasses:
+                paint(0.03 - oval(cx, level, 0.2, 0.17).abs() / 8, (0.1, 0.1, 0.12))
+        nose = oval(1.5 * yaw, trait(0.1, 0.25) + pitch, trait(0.05, 0.14), trait(0.06, 0.16))
+        paint(nose, [0.8 * c for c in skin])
+        bend = y - trait(0.38, 0.54) - pitch + 0.5 * smile * (x - yaw) ** 2
+        paint(torch.minimum(trait(0.02, 0.07) + 0.02 * gape - bend.abs(), trait(0.12, 0.3) - (x - yaw).abs()),
+              (trait(0.5, 0.9), 0.25, 0.3))
+        light = 1 + 0.15 * next(now) + 0.3 * (next(now) * x + next(now) * y)
+        canvas *= torch.stack([light * (1 + 0.08 * next(now)) for _ in range(3)], 1)
+        canvas += 0.04 * torch.randn(canvas.shape, generator=g)
+        images.append((255 * canvas.clamp(0, 1)).byte())
+    return torch.cat(images), torch.arange(people).repeat_interleave(each)
+
+
+def demo_data(size):
+    """100 people to learn, 24 / 5 / 5 images each, and 40 others, of whom the first image each is known."""
+    (images, labels), (others, owners) = demo_faces(0, 100, 34, size), demo_faces(100, 40, 15, size)
+    place, order = torch.arange(3400) % 34, torch.arange(600).view(40, 15).T.flatten()
+    parts = {"train": place < 24, "val": (place >= 24) & (place < 29), "test": place >= 29}
+    return {name: (images[mask], labels[mask]) for name, mask in parts.items()} | {
+        "classes": [f"person {i}" for i in range(100)], "unseen": (others[order], owners[order]), "known": 40,
+        "names": [f"person {100 + i % 40}/{i // 40}" for i in range(600)], "submit": {}}
+
+
+def read_image(path, size, lfw):
+    """A file of any mode and depth -> RGB (size, size, 3) uint8: its middle square; of LFW's own 250x250
+    images the middle 112x112, where the face is."""
+    from PIL import Image, ImageOps
+    with Image.open(path) as image:
+        if image.size[0] * image.size[1] > 5e7:  # seen before anything is decoded
+            raise ValueError(f"{image.size} are too many pixels")
+        if image.mode[0] in "IF":  # more than 8 bits, which convert("RGB") would clip
+            values = np.asarray(image, float)
+            image = Image.fromarray((values * 255 / max(1, values.max())).clip(0, 255).astype(np.uint8))
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        if lfw and image.size == (250, 250):
+            image = image.crop((69, 69, 181, 181))
+        return np.array(ImageOps.fit(image, (size, size)))
+
+
+def read_faces(paths, size, cache="", lfw=False):
+    """(images (N, 3, size, size) uint8, which of the paths they are) of the readable images. With a name as
+    `cache` the result is kept in data/CACHE/cache, under a key made of all that goes in."""
+    stamps = [f"{path} {path.stat().st_mtime_ns if path.exists() else 0}" for path in paths]
+    kept = Path("data", cache, "cache", f"faces-{seed_for('faces 1', stamps, size, lfw):x}.pt")
+    if cache and kept.exists():
+        return torch.load(kept, weights_only=True, mmap=True)
+    images, good, bad = torch.empty(len(paths), size, size, 3, dtype=torch.uint8), [], []
+
+    def read(i):
+        try:
+            images[i] = torch.from_numpy(read_image(paths[i], size, lfw))
+            good.append(i)
+        except Exception as e:  # a damaged image can raise nearly anything
+            bad.append(f"{paths[i]} ({type(e).__name__})")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(read, range(len(paths))))
+    if bad:
+        say(f"note: {len(bad)} of {len(paths)} images are unreadable, skipped: {', '.join(sorted(bad)[:5])}")
+    if len(good) <= 19 * len(bad):  # none, or more than 5 % of them bad
+        raise UserError(f"{len(good)} of {len(paths)} images are readable; 95 % must be, and some; not "
+                        f"{', '.join(sorted(bad)[:5])}")
+    result = images[sorted(good)].permute(0, 3, 1, 2).contiguous(), sorted(good)
+    if cache and RANK == 0:
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(result, part := kept.with_suffix(".part"))
+            os.replace(part, kept)
+        except (OSError, RuntimeError) as e:
+            say(f"note: the decoded images are not kept ({e})")
+    return result
+
+
+def images_in(folder):
+    kinds = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)
+
+
+def find_people(folder):
+    """{person: paths} of a folder with one sub-folder per person; the empty ones are left out and named."""
+    people = {p.name: images_in(p) for p in sorted(folder.iterdir()) if p.is_dir()}
+    if empty := [name for name, paths in people.items() if not paths]:
+        say(f"note: {len(empty)} sub-folders of {folder} are empty, skipped: {', '.join(empty[:5])}")
+    return {name: paths for name, paths in people.items() if paths}
+
+
+def share_out(people):
+    """{split: {person: paths}}: of 20 people or more every tenth is kept unseen; of the others' images
+    a tenth each goes to "val" and to "test", at least one of three."""
+    away = list(people)[9::10] if len(people) >= 20 else []
+    parts = {"train": {}, "val": {}, "test": {}, "unseen": {name: people[name] for name in away}}
+    for name in people.keys() - set(away):
+        paths, n = people[name], max(len(people[name]) // 10, int(len(people[name]) > 2))
+        for part, some in (("val", paths[:n]), ("test", paths[n : 2 * n]), ("train", paths[2 * n :])):
+            parts[part] |= {name: some} if some else {}
+    return parts
+
+
+def read_lines(path):
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: is no text in UTF-8 ({e})") from None
+
+
+def read_identities(path, files):
+    """[(person, file)] as a CSV of id,label says, where an id is a file's name or its place in the list."""
+    ids, found = {key: file for i, file in enumerate(files) for key in (str(i), file.name)}, {}
+    for number, line in enumerate(read_lines(path), 1):
+        key, _, label = (part.strip() for part in line.partition(","))
+        if key in ids and label and "," not in label:
+            found[ids[key]] = label
+        elif line.strip() and (number, key) != (1, "id"):
+            raise UserError(f"{path}, line {number}: {line!r} is not id,label with one of {len(files)} ids")
+    if left := [file.name for file in files if file not in found]:
+        raise UserError(f"{path}: says nothing of {len(left)} of {len(files)} files, such as {left[0]}")
+    return [(found[file], file) for file in files]
+
+
+def load_data(cfg):
+    """{"train", "val", "test": (images (N, 3, S, S) uint8, labels (N,)), "classes": the labels' names;
+    "unseen": images and labels of further people, the first "known" of them the gallery, with their "names";
+    "submit": files without labels}. Where a set has no test split with labels, "test" is "val"."""
+    if cfg.data == "demo":
+        return demo_data(cfg.image_size)
+    folder = Path("data", "hw2p2") if cfg.data in PRESETS else Path(cfg.data)
+    if not folder.is_dir():
+        raise UserError(f"--data {cfg.data}: there is no folder {folder}; {REAL}, or take demo")
+    train, known = ([*sorted(folder.glob(name)), *sorted(folder.glob(f"*/{name}")),
+                     *sorted(folder.glob(f"*/*/{name}")), None][0] for name in ("train", "known"))
+    if train and (dev := train.with_name("dev")).is_dir():
+        parts = {"train": find_people(train), "val": find_people(dev), "unseen": {}}
+    else:
+        parts, train, known = share_out(find_people(folder)), folder, None
+    classes = sorted(parts["train"])
+    if len(classes) < 2 or not set(classes) & set(parts["val"]):
+        raise UserError(f"{train}: {len(classes)} people with images, {len(parts['val'])} of them with some "
+                        "to test on; it takes two sub-folders, one per person, and three images of somebody")
+    if alone := [name for name in classes if len(parts["train"][name]) == 1]:
+        say(f"note: {len(alone)} people have one image to train on: {', '.join(alone[:5])}")
+
+    def read(pairs):
+        places = {name: i for i, name in enumerate(sorted({name for name, _ in pairs} | set(classes)))}
+        images, good = read_faces([path for _, path in pairs], cfg.image_size, Path(cfg.data).name)
+        return images, torch.tensor([places[pairs[i][0]] for i in good]), [pairs[i] for i in good]
+
+    data = {"classes": classes, "submit": {}}
+    for split in ("train", "val", "test"):
+        pairs = [(name, path) for name in classes for path in parts.get(split, {}).get(name, ())]
+        data[split] = read(pairs)[:2] if pairs else data["val"]
+    gallery, queries = [], []
+    if known:
+        gallery = [(name, path) for name, paths in find_people(known).items() for path in paths]
+        if files := images_in(known.with_name("unknown_dev")):
+            queries = read_identities(known.with_name("dev_identities.csv"), files)
+        places = {"classification": train / "../test", "verification": known / "../unknown_test"}
+        for name, place in places.items():
+            data["submit"] |= {name: files} if (files := images_in(place)) else {}
+    for name, paths in () if known else (parts["unseen"] or parts["val"]).items():
+        gallery, queries = [*gallery, (name, paths[0])], [*queries, *((name, path) for path in paths[1:])]
+    gallery, pairs = gallery[:1000], [*gallery[:1000], *queries[:1000]]  # two million pairs say enough
+    if shared := sorted({name for name, _ in pairs} & set(classes)):
+        say(f"warning: {len(shared)} people are verified that are trained on: {', '.join(shared[:5])}")
+    images, owners, pairs = read(pairs)
+    known = len(set(gallery) & set(pairs))  # of those that could be read
+    names = [f"{name}/{path.name}" for name, path in pairs]
+    return data | {"unseen": (images, owners), "known": known, "names": names}
+
+
+def read_pairs(path, folder):
+    """([(file, file, same, fold)], number of folds) of a pairs file of LFW's. Its first line says how many
+    pairs of each kind there are (View 1), or how many folds, and pairs of each kind in each (pairs.txt)."""
+    head, *lines = [line.split() for line in read_lines(Path(path))] or [[]]
+    if not 1 <= len(head) <= 2 or not all(field.isdecimal() and int(field) for field in head):
+        raise UserError(f"{path}, line 1: must hold the number of pairs, or of folds and of pairs in each")
+    folds, each, pairs = int(head[0]) if len(head) == 2 else 1, int(head[-1]), []
+    for number, fields in enumerate(lines, 2):
+        if not fields:
+            continue
+        a, i, b, j = [*fields[:2], fields[0], *fields[2:]] if len(fields) == 3 else [*fields, *"????"][:4]
+        if len(fields) not in (3, 4) or not (i.isdecimal() and j.isdecimal()) or "/" in a + b:
+            raise UserError(f"{path}, line {number}: {' '.join(fields)!r} is not NAME I J, or NAME I NAME J")
+        files = (folder / a / f"{a}_{int(i):04d}.jpg", folder / b / f"{b}_{int(j):04d}.jpg")
+        files = (p if (p := f.with_suffix(".png")).exists() else f for f in files)
+        pairs.append((*files, len(fields) == 3, len(pairs) // (2 * each)))
+    if len(pairs) != 2 * folds * each:
+        raise UserError(f"{path}: {len(pairs)} pairs, where its first line announces {2 * folds * each}")
+    return pairs, folds
+
+
+def augment(x, strength):
+    """(B, 3, S, S) in [0, 1] -> likewise, every sample by draws of its own: flip, affine, colour, erasing."""
+    def draw(spread, *shape):
+        return strength * spread * (2 * torch.rand(len(x), *shape, device=x.device) - 1)
+    if not strength:
+        return x
+    flip = torch.where(torch.rand(len(x), device=x.device) < 0.5, -1.0, 1.0)
+    angle, zoom, squeeze = draw(0.26), draw(0.15).exp(), draw(0.08).exp()
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    rows = torch.stack([flip * cos * squeeze, -sin, draw(0.12), flip * sin * squeeze, cos, draw(0.12)], 1)
+    grid = F.affine_grid(rows.view(-1, 2, 3), x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    grey = x.mean(1, keepdim=True)
+    pale = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.1 * strength  # some lose their colour altogether
+    x = torch.where(pale, grey, grey + (x - grey) * (1 + draw(0.4, 1, 1, 1)))
+    middle = x.mean((1, 2, 3), keepdim=True)
+    x = (middle + (x - middle) * (1 + draw(0.4, 1, 1, 1))) * (1 + draw(0.4, 1, 1, 1))  # contrast, brightness
+    x = x * (1 + draw(0.08, 3, 1, 1))
+    axis = torch.linspace(-1, 1, x.shape[2], device=x.device)
+    half = 0.35 * torch.rand(len(x), 2, 1, device=x.device)  # of every other sample a rectangle is erased
+    half = half * (torch.rand(len(x), 1, 1, device=x.device) < strength / 2)
+    near = (axis - (2 * torch.rand(len(x), 2, 1, device=x.device) - 1)).abs() < half  # (B, 2, S)
+    return x.clamp(0, 1).masked_fill((near[:, 0, :, None] & near[:, 1, None, :])[:, None], 0.5)
+
+
+@functools.lru_cache(1)
+def statistics_on(device):
+    return torch.tensor((MEAN, STD), device=device).view(2, 3, 1, 1)
+
+
+def normalised(images, device, strength=0.0):
+    """uint8 (B, 3, S, S) -> what the network takes, augmented with that strength."""
+    mean, std = statistics_on(device)
+    x = (augment(images.to(device).float() / 255, strength) - mean) / std
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# METRICS ----------------------------------------------------------------------------------------------------
+def roc(scores, same):
+    """(false accept rate, true accept rate, threshold) for each distinct score, from the highest down, and
+    before them (0, 0, inf). ValueError unless there are pairs of both kinds, as many as finite scores."""
+    scores, same = (np.asarray(v, float).ravel() for v in (scores, same))
+    if scores.shape != same.shape or not 0 < same.sum() < len(same) or not np.isfinite(scores).all():
+        raise ValueError(f"{len(scores)} scores, {same.sum():.0f} of {len(same)} pairs the same: takes both")
+    order = np.argsort(-scores, kind="stable")
+    scores, same = scores[order], same[order]
+    last = np.r_[np.flatnonzero(np.diff(scores)), len(scores) - 1]  # of equal scores
+    accepted = np.cumsum(same)[last]
+    far, tar = (last + 1 - accepted) / (len(same) - same.sum()), accepted / same.sum()
+    return np.r_[0, far], np.r_[0, tar], np.r_[np.inf, scores[last]]
+
+
+def verification_metrics(scores, same):
+    """Figures of scores (N,), the higher the more alike, for pairs that are the same person's or not (N,):
+    {"auc", "eer", "tar_at_far": {0.01, 0.001}, "threshold"}, all but the last 0-1. The EER is where straight
+    lines between the ROC's points cross FAR = 1 - TAR, the threshold the score there. ValueError as `roc`."""
+    far, tar, threshold = roc(scores, same)
+    excess = far - (1 - tar)  # rises from -1 to 1
+    i = int(np.argmax(excess >= 0))
+    share = -excess[i - 1] / (excess[i] - excess[i - 1])
+    return {"auc": float((np.diff(far) * (tar[1:] + tar[:-1]) / 2).sum()),
+            "eer": float(far[i - 1] + share * (far[i] - far[i - 1])),
+            "tar_at_far": {limit: float(tar[far <= limit].max()) for limit in (0.01, 0.001)},
+            "threshold": float(threshold[i])}
+
+
+def best_threshold(scores, same):
+    """The threshold, in the middle between two scores, that most pairs are judged rightly with."""
+    far, tar, threshold = roc(scores, same)
+    positive = float(np.asarray(same, float).sum())
+    i = int(np.argmax(tar * positive - far * (len(scores) - positive)))
+    threshold = np.r_[threshold[1] + 1, threshold[1:], threshold[-1] - 1]
+    return float((threshold[i] + threshold[i + 1]) / 2)
+
+
+def lfw_accuracy(scores, same, folds):
+    """LFW's protocol: each fold is judged with the threshold best on all others: scores (N,), same (N,),
+    folds (N,) -> mean accuracy over the folds (0-1) and its standard error (Huang et al., 2007)."""
+    scores, same, folds = np.asarray(scores, float), np.asarray(same, bool), np.asarray(folds)
+    right = []
+    for fold in np.unique(folds):
+        test = folds == fold
+        threshold = best_threshold(scores[~test], same[~test])
+        right.append(((scores[test] > threshold) == same[test]).mean())
+    return float(np.mean(right)), float(np.std(right, ddof=1) / len(right) ** 0.5)
+
+
+# EVALUATE, PREDICT ------------------------------------------------------------------------------------------
+@torch.no_grad()
+def embed(model, images, device):
+    """uint8 (N, 3, S, S) -> unit embeddings (N, D), averaged with the flipped image's, and the five likeliest
+    classes (N, 5); each process does its share, and all get the result, on the CPU."""
+    model.eval()
+    width, best = model.norm.weight.numel(), min(5, len(model.head.weight))
+    table = torch.zeros(len(images), width + best, device=device)
+    for start in range(200 * RANK, len(images), 200 * WORLD):
+        x = normalised(images[start : start + 200], device)
+        (a, f), (b, g) = model(x, True), model(x.flip(3), True)
+        f = F.normalize(F.normalize(f) + F.normalize(g))
+        table[start : start + 200] = torch.cat([f, (a + b).topk(best).indices.float()], 1)
+    embeddings, classes = all_sum(table).cpu().split([width, best], 1)
+    return embeddings, classes.long()
+
+
+def all_pairs(embeddings, labels):
+    """Of every two of N faces: places (P,), (P,), cosines (P,), same person or not (P,)."""
+    i, j = torch.triu_indices(len(labels), len(labels), 1)
+    return i, j, (embeddings @ embeddings.T)[i, j], labels[i] == labels[j]
+
+
+def verification(scores, same):
+    """`verification_metrics` as figures in percent, and the threshold."""
+    metrics = verification_metrics(scores, same)
+    return {"eer": 100 * metrics["eer"], "auc": 100 * metrics["auc"]} | {
+        f"tar@{limit:g}": 100 * tar for limit, tar in metrics["tar_at_far"].items()}, metrics["threshold"]
+
+
+def evaluate(model, data, split, device):
+    """(figures in percent, classes of the split, embeddings of the unseen faces, the threshold at their EER).
+    `ident` is the share of unseen faces whose nearest known face, by cosine, is the same person's."""
+    classes, labels = embed(model, data[split][0], device)[1], data["unseen"][1]
+    z, known = embed(model, data["unseen"][0], device)[0], data["known"]
+    hits = classes == data[split][1][:, None]
+    _, _, scores, same = all_pairs(z, labels)
+    figures, threshold = {"acc": 100 * hits[:, 0].float().mean().item()}, 0.5
+    if 0 < same.sum() < len(same):
+        more, threshold = verification(scores, same)
+        figures |= more
+    figures["top5"] = 100 * hits.any(1).float().mean().item()
+    if 0 < known < len(z):
+        nearest = labels[:known][(z[known:] @ z[:known].T).argmax(1)]
+        figures["ident"] = 100 * (nearest == labels[known:]).float().mean().item()
+    return figures, classes, z, threshold
+
+
+def score(model, cfg, data, folder, device):
+    """The figures of the test set; writes the scores, and what Kaggle takes, as CSV, and the pictures."""
+    figures, classes, z, threshold = evaluate(model, data, "test", device)
+    i, j, scores, same = all_pairs(z, data["unseen"][1])
+    names, people, images = data["names"], data["classes"], data["unseen"][0]
+    write_csv(folder / "classes.csv", "label,top1", (
+        (people[a], people[b]) for a, b in zip(data["test"][1].tolist(), classes[:, 0].tolist())))
+    write_csv(folder / "pairs.csv", "a,b,same,score", (
+        (names[a], names[b], int(s), f"{v:.6f}")
+        for a, b, s, v in zip(*(column.tolist() for column in (i, j, same, scores)))))
+    if 0 < same.sum() < len(same):
+        draw(scores, same, lambda k: (images[i[k]], images[j[k]]), threshold, folder)
+    for name, files in data["submit"].items():
+        found, good = read_faces(files, cfg.image_size, Path(cfg.data).name)
+        found, classes = embed(model, found, device)
+        nearest = (found @ z[: data["known"]].T).argmax(1).tolist()
+        answers = [n.split("/")[0] for n in names] if name == "verification" else people
+        guesses = nearest if name == "verification" else classes[:, 0].tolist()
+        ids = [str(i) if name == "verification" else files[i].name for i in good]
+        write_csv(folder / f"{name}_submission.csv", "id,label", zip(ids, (answers[g] for g in guesses)))
+    return figures | {"n": len(data["test"][1]), "pairs": len(scores)}
+
+
+def write_csv(path, head, rows):
+    if RANK == 0:
+        with path.open("w", newline="", encoding="utf-8") as f:
+            csv.writer(f, lineterminator="\n").writerows([head.split(","), *rows])
+
+
+def draw(scores, same, images_of, threshold, folder):
+    """roc.png: the ROC curve, and how scores are distributed; hardest.png: the pairs judged most wrongly.
+    images_of(k) gives the two images of a pair."""
+    scores, same = np.asarray(scores, float), np.asarray(same, bool)
+    if RANK or not (figure := new_figure(11, 4.5)):
+        return
+    left, right = figure.subplots(1, 2)
+    left.plot(*roc(scores, same)[:2])
+    left.plot(far := np.geomspace(1e-4, 1, 200), 1 - far, "k:", label="where both errors are equal")
+    left.set(xlabel="false accept rate", ylabel="true accept rate", xscale="log", xlim=(1e-4, 1),
+             ylim=(0, 1.01), title=f"ROC of {len(scores):,} pairs")
+    left.legend()
+    for kind, label in ((same, "same person"), (~same, "different people")):
+        right.hist(scores[kind], np.linspace(-1, 1, 81), density=True, alpha=0.6, label=label)
+    right.axvline(threshold, color="k", ls=":", label=f"threshold {threshold:.3f}")
+    right.set(xlabel="cosine of the embeddings", ylabel="density", xlim=(min(-0.3, scores.min()), 1))
+    right.legend()
+    figure.savefig(folder / "roc.png", dpi=90)
+    figure = new_figure(13, 4)
+    figure.suptitle("The pairs judged most wrongly, with their cosines")
+    for axes, kind, sign in zip(figure.subplots(2, 8), (same, ~same), (1, -1)):
+        places = np.flatnonzero(kind)[np.argsort(sign * scores[kind], kind="stable")[:8]]
+        axes[0].set_ylabel("same person" if sign == 1 else "different people")
+        for cell, k in zip(axes, places):
+            cell.imshow(torch.cat(images_of(int(k)), 2).permute(1, 2, 0).numpy())
+            cell.set_title(f"{scores[k]:.2f}", fontsize=10)
+        for cell in axes:
+            cell.set(xticks=[], yticks=[])
+    figure.savefig(folder / "hardest.png", dpi=90)
+
+
+def judge(model, cfg, path, device):
+    """(pairs, number of folds, scores, same, images_of) of a pairs file, without pairs of missing images."""
+    pairs, folds = read_pairs(path, Path(cfg.images))
+    paths = sorted({file for pair in pairs for file in pair[:2]})
+    missing, paths = [str(p) for p in paths if not p.exists()], [p for p in paths if p.exists()]
+    if len(paths) <= 19 * len(missing):
+        raise UserError(f"{cfg.images}: of the images that {path} names {len(missing)} are missing, "
+                        f"{len(paths)} there, and 95 % must be: {', '.join(missing[:5])}")
+    if missing:
+        say(f"note: {len(missing)} images are missing, their pairs skipped: {', '.join(missing[:5])}")
+    images, good = read_faces(paths, cfg.image_size, lfw=True)
+    place = {paths[i]: k for k, i in enumerate(good)}
+    pairs = [pair for pair in pairs if pair[0] in place and pair[1] in place]
+    a, b = (torch.tensor([place[pair[side]] for pair in pairs]) for side in (0, 1))
+    z, _ = embed(model, images, device)
+    same = np.array([pair[2] for pair in pairs])
+    if same.all() or not same.any():
+        raise UserError(f"{path}: of the pairs that are left none is of one of the two kinds")
+    return pairs, folds, (z[a] * z[b]).sum(1).numpy(), same, lambda k: (images[a[k]], images[b[k]])
+
+
+def benchmark(model, cfg, ckpt, folder, device):
+    """Figures on --pairs, in percent: with folds LFW's 10-fold accuracy, else that at the threshold best on
+    the pairsDevTrain.txt beside a pairsDevTest.txt, or at the checkpoint's."""
+    path, threshold, source = Path(cfg.pairs), ckpt["threshold"], "the checkpoint's"
+    pairs, folds, scores, same, images_of = judge(model, cfg, path, device)
+    if shared := sorted({p.parent.name for pair in pairs for p in pair[:2]} & set(ckpt["classes"])):
+        say(f"warning: {len(shared)} people are verified that were trained on: {', '.join(shared[:5])}")
+    if folds > 1:
+        mean, error = lfw_accuracy(scores, same, [pair[3] for pair in pairs])
+        figures, threshold, source = {"acc": 100 * mean, "se": 100 * error}, best_threshold(scores, same), (
+            f"the best on all {folds} folds; each was judged with that of the others")
+    else:
+        train = path.with_name("pairsDevTrain.txt")
+        if path.name == "pairsDevTest.txt" and train.exists():
+            threshold, source = best_threshold(*judge(model, cfg, train, device)[2:4]), f"chosen on {train}"
+        figures = {"acc": 100 * float(((scores > threshold) == same).mean())}
+    say(f"threshold: {threshold:.4f}, {source}")
+    write_csv(folder / "pairs.csv", "a,b,same,score", (
+        (a.name, b.name, int(s), f"{v:.6f}") for (a, b, s, _), v in zip(pairs, scores)))
+    draw(scores, same, images_of, threshold, folder)
+    return figures | verification(scores, same)[0] | {"threshold": threshold, "n": len(pairs)}
+
+
+def build(cfg, classes, device):
+    if cfg.stem_stride not in (2, 4) or cfg.image_size < 8 * cfg.stem_stride:
+        raise UserError(f"--stem_stride {cfg.stem_stride} --image_size {cfg.image_size}: it takes 2 or 4, "
+                        "and at least 8 times that")
+    model = ConvNeXt(len(classes), *SIZES[cfg.size], cfg.drop_path, LAYER_SCALE, cfg.stem_stride,
+                     cfg.loss == "arcface")
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def initial_weights(cfg):
+    """The weights that --init names: of a checkpoint, of torchvision's file, or those learnt on ImageNet."""
+    if cfg.init == "imagenet":
+        from torchvision.models import get_model_weights
+        if cfg.size not in ("tiny", "small"):
+            raise UserError(f"--init imagenet: there are weights for --size tiny and small, not {cfg.size}")
+        try:
+            weights = get_model_weights(f"convnext_{cfg.size}").DEFAULT.get_state_dict(check_hash=True)
+            return from_torchvision(weights)
+        except Exception as e:
+            raise UserError(f"--init imagenet: no download ({e}); name a file instead") from None
+    with contextlib.suppress(Exception):  # what is not torchvision's is a checkpoint, or an error there
+        if "features.0.0.weight" in (state := torch.load(cfg.init, map_location="cpu", weights_only=True)):
+            return from_torchvision(state)
+    return load_checkpoint(cfg.init)["model"]
+
+
+def predict(mode, inputs, flags):
+    """Every mode that uses a trained model."""
+    with contextlib.redirect_stdout(sys.stdout if mode == "eval" else sys.stderr):  # of others, answers only
+        cfg, ckpt, device, folder = open_checkpoint(flags)
+        if "threshold" not in ckpt:
+            raise UserError(f"{cfg.ckpt}: holds no threshold; take the best.pt of a run")
+        model = build(cfg, ckpt["classes"], device).eval()
+        load_weights(model, ckpt["model"], cfg.ckpt)
+        if mode == "eval":
+            if bool(cfg.pairs) != bool(cfg.images):
+                raise UserError("--pairs and --images go together: the pairs, the folder of their images")
+            if not cfg.pairs and (data := load_data(cfg))["classes"] != ckpt["classes"]:
+                raise UserError(f"--data {cfg.data}: holds other people than {cfg.ckpt} was trained on; for "
+                                "those there are --pairs with --images, and identify")
+            figures = (benchmark(model, cfg, ckpt, folder, device) if cfg.pairs
+                       else score(model, cfg, data, folder, device))
+            return say(f"{show(figures, ', ', '.6g')}\nwritten: {folder}/*.csv, roc.png, hardest.png")
+        gallery = Path(inputs[0])
+        if len(inputs) < 2 or (len(inputs) > 2 if mode == "verify" else not gallery.is_dir()):
+            raise UserError(f"{mode} works on {MODES[mode].split(':')[0]}, not {' '.join(inputs)}")
+        queries = [Path(name) for name in (inputs if mode == "verify" else inputs[1:])]
+        images, good = read_faces(queries, cfg.image_size)
+        z = embed(model, images, device)[0]
+        if mode == "identify":
+            people = find_people(gallery)
+            if not people:
+                raise UserError(f"{gallery}: no sub-folders with images; it takes one per person")
+            owners = [(name, path) for name, paths in people.items() for path in paths]
+            images, found = read_faces([path for _, path in owners], cfg.image_size)
+            known, owners = embed(model, images, device)[0], [owners[i][0] for i in found]
+    if mode == "verify":
+        cosine, threshold = float(z[0] @ z[1]), ckpt["threshold"]
+        line = {"cosine": round(cosine, 4), "threshold": round(threshold, 4), "same": cosine > threshold}
+        text = f"{'the same person' if line['same'] else 'different people'}: {cosine:.4f} to {threshold:.4f}"
+        return say(json.dumps(line) if cfg.json else text)
+    for i, row in zip(good, (z @ known.T).tolist()):
+        best = {}
+        for name, cosine in sorted(zip(owners, row), key=lambda item: item[1]):
+            best[name] = cosine  # a person is as near as the nearest image
+        ranked = [(name, round(best[name], 4)) for name in sorted(best, key=best.get, reverse=True)[:5]]
+        line = {"file": str(queries[i]), "ranked": ranked, "known": ranked[0][1] > ckpt["threshold"]}
+        text = f"{queries[i]}: {', '.join(f'{name} {cosine:.3f}' for name, cosine in ranked)}"
+        say(json.dumps(line) if cfg.json else text)
+
+
+# ---- runtime: identical in all five scripts ----
+SCRIPT = Path(__file__).stem
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+FREE = {"out", "save", "resume", "device", "compile", "max_steps", "max_minutes", "save_every", "log_every"}
+
+
+class UserError(Exception):
+    """What a user can mend: shown as one `error:` line, exit status 2."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    try:
+        yield
+    except (UserError, OSError, torch.OutOfMemoryError) as e:
+        hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
+        print("error:", *f"{hint}{e}".split(), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def say(text, end="\n"):
+    if RANK == 0:
+        print(text, end=end, flush=True)
+
+
+def seed_for(*key):
+    """A seed from any key, the same everywhere: (seed, step, rank) for a step, (seed, epoch) for an order."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
+
+
+def parse_args(argv):
+    """(mode, inputs, flags): flags are what was typed, no more; presets and checkpoints fill in the rest."""
+    def refuse(message):
+        raise UserError(f"{message}; see python {SCRIPT}.py --help")
+    parser = argparse.ArgumentParser(usage=f"{SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]",
+                                     description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    parser.add_argument("words", nargs="*", metavar="MODE", help="; ".join(map(": ".join, MODES.items())))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    for f in dataclasses.fields(Config):
+        kind, text = type(f.default), comments[f.name]
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        if choices := re.match(r"\w+(\|\w+)+", text):  # a comment that begins with a|b|c lists the choices
+            how["choices"] = choices[0].split("|")
+        how |= {"default": argparse.SUPPRESS, "help": f"{text} [{f.default}]".replace("%", "%%")}
+        parser.add_argument(*dict.fromkeys([f"--{f.name}", "--" + f.name.replace("_", "-")]), **how)
+    flags = vars(parser.parse_intermixed_args(argv))
+    mode, *inputs = flags.pop("words") or ["train"]
+    for name, value in flags.items():  # sizes, intervals and epochs are at least 1, other numbers 0
+        least = int(name.endswith(("_size", "_dim", "_every", "epochs")))
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            refuse(f"--{name} {value}: must be finite, and at least {least}")
+    if mode not in MODES:
+        refuse(f"{mode!r} is none of the modes {', '.join(MODES)}")
+    takes = re.match(r"([A-Z .[\]]+): ", MODES[mode])  # "FOLDER: ..." must have inputs, "[TEXT]: ..." may
+    if bool(inputs) > bool(takes) or (takes and takes[1][0] != "[" and not inputs):
+        refuse(f"{mode} works on {takes[1] if takes else 'no input'}, not {' '.join(inputs) or 'nothing'}")
+    return mode, inputs, flags
+
+
+def pick_device(name):
+    """The device that --device means; under torchrun the one of this process, and here the processes meet."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in ("auto", "cpu", best):
+        raise UserError(f"--device {name}: there is none here; use --device {best}")
+    device = torch.device(best if name == "auto" else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+        torch.set_float32_matmul_precision("high")  # TF32
+    if WORLD > 1:  # workers that torchrun restarts must not find the addresses of those before in its store
+        store, env = next(dist.rendezvous("env://"))[0], os.environ.get
+        attempt = env("TORCHELASTIC_RESTART_COUNT", "") if env("LOCAL_WORLD_SIZE") == str(WORLD) else ""
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD,
+                                store=dist.PrefixStore(attempt, store))
+    return device
+
+
+def pick_dtype(name, device):
+    """`auto` is bfloat16 where the chip multiplies it natively; on a CPU, only if this script gains by it."""
+    info, cuda = Path("/proc/cpuinfo"), device.type == "cuda"
+    native = torch.cuda.get_device_capability() >= (8, 0) if cuda else (
+        CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text()))
+    dtype = name if name != "auto" else "bfloat16" if native else "float32"
+    chip = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
+    say(f"device: {device} ({chip}) x {WORLD}, {dtype} ({'' if native else 'no '}gain from bfloat16 here)")
+    return dtype
+
+
+def all_sum(tensor):
+    """The sum over all processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def load_checkpoint(path):
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if ckpt["script"] == SCRIPT:
+            return ckpt
+        problem = f"a checkpoint of {ckpt['script']}.py"
+    except FileNotFoundError:
+        problem = "no such file"
+    except Exception as e:  # a damaged file can raise nearly anything
+        problem = f"not a readable checkpoint ({type(e).__name__})"
+    raise UserError(f"{path}: {problem}; train first, or name a checkpoint of {SCRIPT}.py")
+
+
+def load_weights(model, state, path, strict=True):
+    """Copies weights into the model; unless strict (--init), those of another size are left out and named."""
+    mine = model.state_dict()
+    fit = {k: v for k, v in state.items() if k in mine and v.shape == mine[k].shape}
+    if left := sorted((set(mine) | set(state)) - set(fit)):
+        if strict or not fit:
+            raise UserError(f"{path}: its weights do not fit this model: {', '.join(left[:5])}")
+        say(f"note: not taken from {path}, being of another size: {', '.join(left[:5])}")
+    model.load_state_dict(fit, strict=False)
+
+
+def merge(ckpt, flags, path, fixed):
+    """A checkpoint's Config under the flags typed now, of which the `fixed` ones may not differ from it."""
+    for name in sorted(fixed & set(flags)):
+        if flags[name] != (saved := ckpt["config"].get(name)):
+            raise UserError(f"--{name} {flags[name]}: {path} was made with {saved}; leave it, or start anew")
+    return Config(**ckpt["config"] | flags)
+
+
+def open_checkpoint(flags):
+    """(cfg, ckpt, device, folder to write into) for the modes that use a trained model."""
+    newest = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=lambda p: p.stat().st_mtime)
+    path = flags.get("ckpt") or (newest[-1] if newest else f"out/{SCRIPT}-demo/best.pt")
+    ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
+    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
+    say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {ckpt['best']:.5g}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return cfg, ckpt, pick_device(cfg.device), folder
+
+
+class Run:
+    """A training run: its configuration and folder, the losses on the way, the wish to stop."""
+
+    def __init__(self, flags, training):
+        self.began, self.pending, self.wish, self.stop = time.perf_counter(), [], False, False
+        name = flags.get("data", "auto")
+        if name == "auto":
+            name = next((n for n, inside in AUTO.items() if Path("data", n, inside).exists()), "demo")
+        say(f"data: {name}" + (f" (generated; {REAL})" if name == "demo" else ""))
+        self.device, self.ckpt = pick_device(flags.get("device", "auto")), {}
+        self.cfg, box = Config(**PRESETS.get(name, {}) | flags | {"data": name}), [None]
+        if training and RANK == 0:  # rank 0 picks the folder, and tells the others
+            box = [self.pick_folder(Path(flags.get("out") or f"out/{SCRIPT}-{Path(name).name}"), flags)]
+        if WORLD > 1:
+            dist.broadcast_object_list(box)
+        self.folder = box[0]
+        if training and (last := self.folder / "last.pt").exists():
+            self.ckpt = load_checkpoint(last)
+            self.cfg = merge(self.ckpt, flags, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+        self.cfg.dtype = pick_dtype(self.cfg.dtype, self.device)
+        start = {"step": 0, "best": None, "window": [], "seconds": 0.0}
+        self.step, self.best, self.window, self.seconds = (self.ckpt.get(k, v) for k, v in start.items())
+        self.mark = self.began, self.step
+        if training and RANK == 0:  # the log goes on from the checkpoint's step
+            path = self.folder / "log.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else []
+            kept = [s for s in lines if (r := json.loads(s))["step"] <= self.step and r["split"] != "test"]
+            path.write_text("".join(f"{s}\n" for s in kept), encoding="utf-8")
+            self.log = path.open("a", encoding="utf-8", buffering=1)
+        for number in (signal.SIGINT, signal.SIGTERM) if training else ():
+            signal.signal(number, self.ask_to_stop)
+
+    def pick_folder(self, base, flags):
+        """The folder to write into: one that holds a run is continued or left alone."""
+        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))]
+        runs = {p: (p / "last.pt").stat().st_mtime for p in family if (p / "last.pt").exists()}
+        folder = next(p for p in family if not (p / "log.jsonl").exists())
+        if flags.get("resume"):
+            folder = max(runs, key=runs.get) if runs and not flags.get("out") else base
+        say(f"run: {folder}" + (" continued" if folder in runs else f" ({base} is taken)" * (folder != base)))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def ask_to_stop(self, number, _):
+        self.wish = True
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def step_done(self, losses, total, count, lr):
+        """After each step: (evaluate, save), the same on all ranks. `losses` is {name: scalar on the device},
+        this rank's share (its sum * world / global count); `count` is the number of items in the step. Losses
+        stay on the device until a log line or a save is due: there a non-finite one is seen, and ranks agree
+        to stop."""
+        self.step, cfg = self.step + 1, self.cfg
+        self.pending.append(torch.stack([v.detach().float() for v in losses.values()]))
+        log, check, save = (self.step == total or self.step % n == 0
+                            for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
+        self.wish |= 0 < cfg.max_minutes <= (time.perf_counter() - self.began) / 60
+        if log or check or save or (self.wish and WORLD == 1):
+            rows = torch.stack([*self.pending, torch.full_like(self.pending[0], float(self.wish))])
+            *rows, wish = (all_sum(rows) / WORLD).tolist()  # the shares' mean is the loss of the global batch
+            for step, row in enumerate(rows, self.step - len(rows) + 1):
+                if not all(map(math.isfinite, row)):
+                    raise UserError(f"step {step}: the loss is not finite, {dict(zip(losses, row))}; last.pt "
+                                    "is from before: start anew with a lower --lr, or --dtype float32")
+            self.window, self.pending = self.window + rows, []
+            self.stop = wish[0] > 0 and self.step < total
+        if log:
+            rate = (self.step - self.mark[1]) / max(1e-9, time.perf_counter() - self.mark[0])
+            means = {name: statistics.fmean(column) for name, column in zip(losses, zip(*self.window))}
+            self.write("train", means | {"lr": lr, "items/s": round(rate * count, 1)},
+                       f"| eta {(total - self.step) / max(rate, 1e-9) / 60:.1f} min", end="\r")
+            self.window, self.mark = [], (time.perf_counter(), self.step)
+        return check, check or save or self.stop
+
+    def write(self, split, figures, more="", end="\n"):
+        """A record in log.jsonl, and a line, which on a terminal is overwritten if it ends in a return."""
+        if RANK == 0:
+            self.log.write(json.dumps({"step": self.step, "split": split, **figures}) + "\n")
+            live = sys.stdout.isatty()
+            line = f"{split:5} {self.step:>6} | {show(figures, ' ', '<8.4g')}{more}"
+            say("\x1b[K" * live + line, end if live else "\n")
+
+    def save(self, name, **state):
+        """Rank 0 writes the checkpoint: whole or not at all, whatever happens meanwhile."""
+        seconds = self.seconds + time.perf_counter() - self.began
+        state |= {"script": SCRIPT, "config": dataclasses.asdict(self.cfg), "step": self.step,
+                  "best": self.best, "window": self.window, "seconds": seconds}
+        path, part = self.folder / name, self.folder / f"{name}.part"
+        try:
+            if RANK == 0:
+                with part.open("wb") as f:
+                    torch.save(state, f)
+                    os.fsync(f.fileno())
+                os.replace(part, path)
+        except (OSError, RuntimeError) as e:
+            part.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot save ({e}); its old content is whole; make room, --resume")
+        all_sum(torch.zeros(1, device=self.device))  # the others wait, so that they read what was saved
+        self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
+
+    def finish(self, figures):
+        """The last line of a run, and its learning curves."""
+        self.write("test", figures)
+        minutes = (self.seconds + time.perf_counter() - self.began) / 60
+        if RANK == 0:
+            self.log.close()
+            draw_curves(self.folder)
+        say(f"log and pictures: {self.folder}\n"
+            f"final test {show(figures, ', ', '.5g')} | {minutes:.1f} min | {peak_gb(self.device):.1f} GB")
+
+
+def show(figures, between, form):
+    return between.join(f"{k} {v:{form}}" for k, v in figures.items() if isinstance(v, (int, float)))
+
+
+def peak_gb(device):
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else rss) / 1e9
+
+
+def new_figure(*size):
+    """A matplotlib Figure; where there is no matplotlib, None and a line that says so."""
+    try:
+        from matplotlib.figure import Figure
+        return Figure(figsize=size, layout="constrained")
+    except ImportError:
+        say("note: a picture is left out, since matplotlib is not installed")
+
+
+def draw_curves(folder):
+    """curves.png: each figure of log.jsonl against the step."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = {k: v for r in records[:-1] for k, v in r.items()}
+    names = [k for k, v in last.items() if isinstance(v, (int, float))]
+    rows = math.ceil(len(names) / 3)
+    if figure := new_figure(12, 3 * rows):
+        for i, name in enumerate(names[1:], 1):  # the first is the step
+            axes = figure.add_subplot(rows, 3, i, xlabel="step", ylabel=name)
+            for split in ("train", "val"):
+                if points := [(r["step"], r[name]) for r in records if r["split"] == split and name in r]:
+                    axes.plot(*zip(*points), label=split, marker="." if len(points) < 30 else "")
+            axes.legend()
+        figure.savefig(folder / "curves.png", dpi=100)
+
+
+def bench(run, raw, fetch, update, count):
+    """Times the training step, eager, then compiled, and prints a JSON line: fetch(step) -> batch is the wait
+    for data, update(step, batch) the computation; `count` items are in a step."""
+    wait = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
+    with FlopCounterMode(display=False) as flops:
+        update(1, fetch(1))
+    result = {"script": SCRIPT, "device": str(run.device), "dtype": run.cfg.dtype, "world": WORLD}
+    for kind in ("eager", "compiled"):
+        times = []
+        for step in range(1, 37):  # the first compiles, five more warm up
+            start = time.perf_counter()
+            if kind == "compiled" and step == 1:
+                raw.compile()
+            batch = fetch(step)
+            wait()
+            ready = time.perf_counter()
+            update(step, batch)
+            wait()
+            times.append((time.perf_counter() - start, ready - start))
+        seconds, data = (statistics.median(column) for column in zip(*times[6:]))
+        result[kind] = {"items/s": round(count / seconds, 1), "ms_per_step": round(1e3 * seconds, 3),
+                        "data_share": round(data / seconds, 4), "first_step_seconds": round(times[0][0], 1),
+                        "tflops": round(flops.get_total_flops() * WORLD / seconds / 1e12, 3)}
+    say(json.dumps(result | {"peak_gb": round(peak_gb(run.device), 2)}))
+# ---- end of runtime ----
+
+
+# MAIN -------------------------------------------------------------------------------------------------------
+@one_line_errors()
+def main(argv=None):
+    mode, inputs, flags = parse_args(argv)
+    if mode not in ("train", "bench"):
+        return predict(mode, inputs, flags)
+    run = Run(flags, training=mode == "train")
+    cfg, ckpt, device = run.cfg, run.ckpt, run.device
+    if cfg.drop_path >= 1 or cfg.ema >= 1:
+        raise UserError(f"--drop_path {cfg.drop_path} --ema {cfg.ema}: must be below 1")
+
+    data = load_data(cfg)
+    images, labels = data["train"]
+    images = images.to(device) if images.nbytes < 30e9 else images  # else batches are copied
+    labels, size = labels.to(device), min(cfg.batch_size, len(labels))
+    per_epoch = len(labels) // size
+    schedule = per_epoch * cfg.epochs
+    total = min(cfg.max_steps or schedule, schedule)
+    say(f"images: {len(labels):,} train of {len(data['classes']):,} people, {len(data['val'][1]):,} val, "
+        f"{len(data['test'][1]):,} test, {len(data['unseen'][1]):,} unseen; steps: {total:,}")
+
+    torch.manual_seed(cfg.seed)
+    raw = build(cfg, data["classes"], device)
+    centers = CenterLoss(len(data["classes"]), raw.norm.weight.numel()).to(device)
+    average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    if ckpt or cfg.init:
+        load_weights(raw, ckpt["model"] if ckpt else initial_weights(cfg), cfg.init, strict=bool(ckpt))
+        average.module.load_state_dict(ckpt.get("average", raw.state_dict()))
+        average.n_averaged += run.step
+    groups = [{"params": [p for p in raw.parameters() if (p.dim() >= 2) == wide], "weight_decay": 0.05 * wide}
+              for wide in (True, False)]  # biases, norms and gammas do not decay
+    optimizer = torch.optim.AdamW(groups, cfg.lr, fused=True)
+    if ckpt:
+        optimizer.load_state_dict(ckpt["optimizer"])
+        centers.load_state_dict(ckpt["centers"])
+    on_cuda = device.type == "cuda" and sys.platform == "linux"
+    if mode == "train" and (cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)):
+        raw.compile()  # in place, so that its weights keep their names
+    model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
+
+    @functools.lru_cache(1)
+    def order(epoch):
+        generator = torch.Generator().manual_seed(seed_for(cfg.seed, epoch))
+        return torch.randperm(len(labels), generator=generator).to(device)
+
+    def fetch(step):
+        """This rank's share of the batch of a step, which counts from 1: images (B, 3, S, S), labels (B,)."""
+        epoch, place = divmod(step - 1, per_epoch)
+        torch.manual_seed(seed_for(cfg.seed, step, RANK))
+        chosen = order(epoch)[place * size : (place + 1) * size][RANK::WORLD]
+        return normalised(images[chosen.to(images.device)], device, cfg.augment), labels[chosen]
+
+    def update(step, batch):
+        """One optimizer step; -> the parts of the loss."""
+        x, y = batch
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step, schedule)
+        raw.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            logits, features = model(x, True)
+        smooth = 0.0 if cfg.loss == "arcface" else 0.1
+        logits = add_margin(logits, y) if cfg.loss == "arcface" else logits
+        loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=smooth) * WORLD / size
+        losses = {"loss": loss}
+        if cfg.loss == "center":
+            center = centers(features, y, "sum") * WORLD / size
+            losses = {"loss": loss + cfg.center_weight * center, "entropy": loss, "center": center}
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        optimizer.step()
+        if cfg.loss == "center":
+            centers.update(features.detach(), y)
+        average.update_parameters(raw)
+        return losses
+
+    if mode == "bench":
+        return bench(run, raw, fetch, update, size)
+
+    for step in range(run.step + 1, total + 1):
+        losses = update(step, fetch(step))
+        check, save = run.step_done(losses, total, size, learning_rate(cfg, step, schedule))
+        if check:
+            figures, *_, threshold = evaluate(average.module, data, "val", device)
+            run.write("val", figures)
+            if run.best is None or figures["acc"] > run.best:
+                run.best = figures["acc"]
+                run.save("best.pt", model=average.module.state_dict(), classes=data["classes"],
+                         threshold=threshold)
+        if save:
+            run.save("last.pt", model=raw.state_dict(), average=average.module.state_dict(),
+                     centers=centers.state_dict(), optimizer=optimizer.state_dict(), classes=data["classes"])
+        if run.stop:
+            command = f"python convnext_face.py --data {cfg.data} --out {run.folder} --resume"
+            return say(f"stopped at step {step}; to continue: {command}")
+
+    best = load_checkpoint(run.folder / "best.pt")
+    load_weights(average.module, best["model"], run.folder)
+    run.finish(score(average.module, cfg, data, run.folder, device))
+
+
+def learning_rate(cfg, step, schedule):
+    """Linear warm-up, then half a cosine down to zero."""
+    return cfg.lr * min(step / max(1, cfg.warmup), 0.5 + 0.5 * math.cos(math.pi * step / schedule), 1)
+
+
+if __name__ == "__main__":
+    main()
