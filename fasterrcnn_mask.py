@@ -90,12 +90,13 @@ class Config:
     json: bool = False  # detect: write boxes.json too, in pixels of each image
 
 
-PRESETS = {"demo": {"backbone": "mobilenet", "weights": "none", "image_size": 128, "lr": 0.02, "epochs": 4,
-                    "warmup": 50, "augment": 0.3, "oversample": 1, "eval_every": 125}}
+PRESETS = {"demo": {"backbone": "mobilenet", "weights": "none", "image_size": 128, "batch_size": 4,
+                    "epochs": 5, "lr": 0.02, "warmup": 50, "augment": 0.3, "oversample": 1,
+                    "eval_every": 175}}
 SCRATCH = {"lr": 0.01, "image_size": 400, "epochs": 20, "batch_size": 4}  # with --weights none, unless typed
 MODES = {"train": "(default) train and test", "eval": "test a checkpoint, detections as COCO JSON",
          "detect": "IMAGE OR FOLDER: draw the faces found in each image", "bench": "time the training step"}
-SHAPE = {"backbone", "weights", "classes"}  # what a checkpoint alone decides
+SHAPE = {"backbone", "weights", "classes", "split"}  # what a checkpoint alone decides
 CPU_BF16 = False
 
 
@@ -107,6 +108,18 @@ MODELS = {  # torchvision's builder, its COCO weights, and where the stages of t
                  detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT, (0, 4, 5, 6, 7)),
     "resnet50_v2": (detection.fasterrcnn_resnet50_fpn_v2,
                     detection.FasterRCNN_ResNet50_FPN_V2_Weights.DEFAULT, (0, 4, 5, 6, 7))}
+
+
+class Backbone(BackboneWithFPN):
+    """torchvision's; it alone may train in bfloat16, in which anchors and boxes would move by pixels."""
+
+    bfloat16 = False
+
+    def forward(self, x):
+        """(B, 3, H, W) -> {level: map (B, C, H / stride, W / stride)} in float32."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.training and self.bfloat16):
+            maps = super().forward(x)
+        return {level: features.float() for level, features in maps.items()}
 
 
 def with_group_norm(module):
@@ -126,21 +139,18 @@ def architecture(num_classes, backbone, scratch, image_size):
     strides of 8 and 16, the pyramid 128 channels, the box head 256 units, and 64 boxes of an image are learnt
     from. One sample per bin of the RoI's 7x7 grid takes a quarter of the time of four on a CPU.
     """
-    how = {"num_classes": num_classes, "min_size": image_size, "max_size": image_size, "_skip_resize": True,
-           "box_score_thresh": 0.01}
-    if not scratch:
-        model = MODELS[backbone][0](weights=None, weights_backbone=None, **how)
-        for module in model.modules():
-            if backbone == "resnet50" and isinstance(module, nn.BatchNorm2d):
-                module.eps = 1e-12  # these weights were made with none
-        return model
-    if backbone != "mobilenet":
-        anchors = AnchorGenerator(tuple((s,) for s in (16, 32, 64, 128, 256)), ((0.5, 1.0, 2.0),) * 5)
-        model = MODELS[backbone][0](weights=None, weights_backbone=None, **how)
-        model.rpn.anchor_generator = anchors
-        return with_group_norm(model)
-    how.pop("num_classes")
-    body = BackboneWithFPN(mobilenet_v3_large().features[:13], {"6": "0", "12": "1"}, [40, 112], 128)
+    how = {"min_size": image_size, "max_size": image_size, "_skip_resize": True, "box_score_thresh": 0.01}
+    if not scratch or backbone != "mobilenet":
+        model = MODELS[backbone][0](weights=None, weights_backbone=None, num_classes=num_classes, **how)
+        model.backbone.__class__ = Backbone
+        if scratch:  # half of the usual sizes, for small faces
+            sizes = tuple((size,) for size in (16, 32, 64, 128, 256))
+            model.rpn.anchor_generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+        elif backbone == "resnet50":  # those weights were made without an epsilon
+            for norm in filter(lambda module: isinstance(module, nn.BatchNorm2d), model.modules()):
+                norm.eps = 1e-12
+        return with_group_norm(model) if scratch else model
+    body = Backbone(mobilenet_v3_large().features[:13], {"6": "0", "12": "1"}, [40, 112], 128)
     return with_group_norm(FasterRCNN(
         body, box_roi_pool=MultiScaleRoIAlign(["0", "1"], 7, 1), box_head=TwoMLPHead(128 * 7 * 7, 256),
         box_predictor=FastRCNNPredictor(256, num_classes), box_batch_size_per_image=64,
@@ -170,8 +180,8 @@ def build_model(num_classes, backbone="resnet50_v2", weights="coco", image_size=
             raise ValueError(f"{len(missing)} weights are missing, {len(unknown)} unknown")
     except Exception as e:  # no network, no such file, or one that holds anything else
         target = Path(torch.hub.get_dir(), "checkpoints", known.url.split("/")[-1])
-        raise UserError(f"--weights {weights}: no weights of {backbone} ({e}); put {known.url} at {target}, "
-                        "or train from scratch with --weights none") from None
+        raise UserError(f"--weights {weights}: no weights of {backbone} ({str(e)[:200]}); put {known.url} at "
+                        f"{target}, or train from scratch with --weights none") from None
     width = model.roi_heads.box_predictor.cls_score.in_features
     model.roi_heads.box_predictor = FastRCNNPredictor(width, num_classes)
     return freeze(model, starts, trainable_layers)
@@ -205,10 +215,10 @@ def demo_scenes(count, side=128):
     rng, names = np.random.default_rng(0), ["with_mask", "without_mask", "mask_weared_incorrect"]
     for _ in range(count):
         a, b = rng.uniform(30, 225, (2, 3))
-        ramp = np.linspace(0, 1, 2 * side)[:, None, None] * np.ones((1, 2 * side, 1))
-        noise = rng.normal(0, 8, (2 * side, 2 * side, 1))
-        image = Image.fromarray((a + (b - a) * ramp + noise).clip(0, 255).astype(np.uint8))
-        pen, boxes, labels = ImageDraw.Draw(image), [], []  # twice as large, so that edges come out smooth
+        ground = a + (b - a) * np.linspace(0, 1, side)[:, None, None] + rng.normal(0, 4, (side, side, 1))
+        image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
+        image = image.resize((2 * side, 2 * side), Image.Resampling.NEAREST)  # for smooth edges
+        pen, boxes, labels = ImageDraw.Draw(image), [], []
         for _ in range(rng.integers(3, 9)):
             x, y, w, h = *rng.uniform(0, 2 * side, 2), *rng.uniform(10, 90, 2)
             shape = pen.rectangle if rng.random() < 0.6 else pen.ellipse
@@ -297,9 +307,12 @@ def voc_scenes(folder, side):
     from PIL import Image
     kinds = Image.registered_extensions()
     images = {p.stem: p for p in sorted(folder.rglob("*")) if p.suffix.lower() in kinds}
-    annotations = {p.stem: p for p in sorted(folder.rglob("*.xml"))}
+    annotations = sorted(folder.rglob("*.xml"))
+    if twice := [stem for stem, n in Counter(p.stem for p in annotations).items() if n > 1]:
+        raise UserError(f"{folder}: {len(twice)} names are there twice, {twice[0]}.xml for one; rename them")
     items, bad, mended = [], [], []
-    for stem, path in annotations.items():
+    for path in annotations:
+        stem = path.stem
         try:
             if stem not in images:
                 raise UserError(f"{path}: no image of that name")
@@ -316,7 +329,7 @@ def voc_scenes(folder, side):
         labels = [name for name, kept in zip(truth["labels"], keep) if kept]
         items.append(item | {"boxes": boxes[keep], "labels": labels, "path": path})
     for what, names in (("annotations or images are unreadable, skipped", bad), ("images have no annotation",
-                        sorted(images[s].name for s in set(images) - set(annotations))),
+                        sorted(images[s].name for s in set(images) - {p.stem for p in annotations})),
                         ("annotations have boxes outside the image or empty, clipped or dropped", mended)):
         if names:
             say(f"note: {len(names)} {what}: {'; '.join(names[:5])}")
@@ -346,7 +359,7 @@ def load_data(cfg, classes=None):
     folder = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data)
     if cfg.data == "demo":
         items = [prepare(image, cfg.image_size, f"scene{i:04}", boxes, labels)
-                 for i, (image, boxes, labels) in enumerate(demo_scenes(1200))]
+                 for i, (image, boxes, labels) in enumerate(demo_scenes(800))]
     elif folder.is_dir():
         items = voc_scenes(folder, cfg.image_size)
     else:
@@ -373,7 +386,7 @@ class Batches:
         fits = sum(item["image"].nbytes for item in items) < 4e9
         self.items = [item | {"image": item["image"].to(device if fits else "cpu")} for item in items]
         labels = torch.cat([item["labels"] for item in items]).bincount()
-        rarest = min((n, label) for label, n in enumerate(labels.tolist()) if n)[1] if len(labels) else 0
+        rarest = min(((n, label) for label, n in enumerate(labels.tolist()) if n), default=(0, 0))[1]
         rare = [i for i, item in enumerate(items) if (item["labels"] == rarest).any()]
         self.places = np.array([*range(len(items)), *rare * max(0, oversample - 1)])
         self.size, self.strength, self.device = min(size, len(self.places)), strength, device
@@ -594,11 +607,11 @@ def drawn(image, boxes, labels, classes, scores=None):
     from PIL import ImageDraw, ImageFont
     times = max(1, round(800 / max(image.size)))
     image = image.resize([times * v for v in image.size])
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(max(12, max(image.size) // 45))
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(max(12, max(image.size) // 36))
     for i, (box, label) in enumerate(zip((times * boxes).tolist(), labels.tolist())):
         colour, words = COLOURS[(label - 1) % 8], classes[label - 1].replace("_", " ")
         words += "" if scores is None else f" {scores[i]:.2f}"
-        pen.rectangle(box, outline=colour, width=max(2, max(image.size) // 300))
+        pen.rectangle(box, outline=colour, width=max(2, max(image.size) // 250))
         place = box[0], max(0, box[1] - 1.2 * font.size)
         pen.rectangle(pen.textbbox(place, words, font), fill=colour)
         pen.text(place, words, "white", font)
@@ -655,7 +668,7 @@ def build(cfg, classes, device, trained=False):
             say(f"weights: {MODELS[cfg.backbone][1].url if cfg.weights == 'coco' else cfg.weights}")
         model = build_model(count, cfg.backbone, cfg.weights, cfg.image_size, cfg.trainable_layers)
     model.compile = model.backbone.compile  # the rest of a detector breaks the graph at every image
-    model.backbone.register_forward_hook(lambda module, args, maps: {k: v.float() for k, v in maps.items()})
+    model.backbone.bfloat16 = cfg.dtype == "bfloat16"
     return model.to(device)  # not channels-last: 1.6 times slower on a CPU
 
 
@@ -1040,7 +1053,7 @@ def main(argv=None):
     run = Run(flags, training=mode == "train")
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
     old = ckpt or (load_checkpoint(cfg.init) if cfg.init else {})
-    if cfg.init:  # the weights' layout goes with them
+    if cfg.init:  # the layout goes with the weights
         cfg.backbone, cfg.weights = (old["config"][name] for name in ("backbone", "weights"))
     if cfg.weights == "none" and not ckpt:
         preset = {**SCRATCH, **PRESETS.get(cfg.data, {}), **flags}
@@ -1087,9 +1100,7 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step, schedule)
         training_mode(raw)
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            losses = model(images, targets)
-        parts = {name.removeprefix("loss_"): value.float() * weight for name, value in losses.items()}
+        parts = {name.removeprefix("loss_"): value * weight for name, value in model(images, targets).items()}
         loss = sum(parts.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
