@@ -24,7 +24,7 @@ TABLE = {
         "init_flag": "--latent_dim 3",
     },
     "fasterrcnn_mask": {
-        "tiny": "--image_size 64 --batch_size 2 --warmup 10",
+        "tiny": "--image_size 32 --batch_size 2 --warmup 10",
         "noise_off": "--augment 0",
         "patch": "pass",
         "ranks_equal_one": False,  # each process draws the anchors and boxes that it learns from
