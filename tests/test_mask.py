@@ -1,6 +1,5 @@
 """fasterrcnn_mask.py against pycocotools, pixels and torchvision's own detectors."""
 import contextlib
-import copy
 import io
 import json
 import urllib.error
@@ -435,6 +434,9 @@ def test_bad_input(tmp_path, refuses, folder):
     (tmp_path / "empty").mkdir()
     refuses("fasterrcnn_mask", f"--data empty {SMALL}", "empty", "0 of 0")
     refuses("fasterrcnn_mask", "--data demo --backbone vgg", "vgg", "mobilenet")
+    path = voc(folder / "more/07.xml", [])
+    refuses("fasterrcnn_mask", f"--data {folder} {SMALL}", "twice", "07.xml")
+    path.unlink()
     for i in range(24):
         voc(folder / f"annotations/{i:02}.xml", [])
     refuses("fasterrcnn_mask", f"--data {folder} {SMALL}", "24 images, 0 classes")
