@@ -347,10 +347,63 @@ def face(flags, rounds, steps):
            data_share=round(share, 4), dtype=cfg.dtype)
 
 
+def mask(flags, rounds, steps):
+    """(a) torchvision's reference loop: the same model, a DataLoader that decodes, flips and jitters image by image,
+    `.item()` of the loss at each step; (b) the notebook's: batches of 5, every tensor moved by itself, the cache emptied
+    at each step. Compared in images per second; the images of the data set as files, as both loops read them."""
+    import copy
+    import tempfile
+    from PIL import Image
+    from torchvision.transforms import v2
+    module, box = captured("fasterrcnn_mask", flags)
+    cfg, device, folder = box["run"].cfg, box["run"].device, tempfile.TemporaryDirectory()
+    items = module.load_data(cfg)["train"]
+    for i, item in enumerate(items):
+        Image.fromarray(item["image"].permute(1, 2, 0).numpy()).save(f"{folder.name}/{i}.jpg")
+    change = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3)])
+
+    class Files(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(items)
+
+        def __getitem__(self, i):
+            with Image.open(f"{folder.name}/{i}.jpg") as image:
+                x = v2.functional.to_dtype(v2.functional.pil_to_tensor(change(image.convert("RGB"))), torch.float, True)
+            return x, {"boxes": items[i]["boxes"] * items[i]["scale"], "labels": items[i]["labels"]}
+
+    def forever(size):
+        while True:
+            yield from torch.utils.data.DataLoader(Files(), size, shuffle=True, drop_last=True,
+                                                   collate_fn=lambda batch: tuple(zip(*batch)))
+    sides = {"ours": (lambda step: box["update"](step, box["fetch"](step)), box["count"])}
+    for name, size in (("reference loop", box["count"]), ("notebook", 5)):
+        model, batches = copy.deepcopy(box["raw"]), forever(size)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3, momentum=0.9, weight_decay=1e-4)
+
+        def plain(step, model=model, batches=batches, optimizer=optimizer, notebook=name == "notebook"):
+            images, targets = next(batches)
+            if notebook and device.type == "cuda":
+                torch.cuda.empty_cache()
+            module.training_mode(model)
+            losses = model([x.to(device) for x in images], [{k: v.to(device) for k, v in t.items()} for t in targets])
+            loss = sum(losses.values())
+            loss.item()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        sides[name] = plain, size
+    seconds = alternate({name: step for name, (step, _) in sides.items()}, rounds, steps, device)
+    rates = {name: sides[name][1] / value for name, value in seconds.items()}
+    print(json.dumps({"script": "fasterrcnn_mask", **{f"{name} images/s": round(rate, 2) for name, rate in rates.items()},
+                      **{f"ratio to {name}": round(rates["ours"] / rates[name], 2) for name in list(rates)[1:]},
+                      "threads": torch.get_num_threads(), "dtype": cfg.dtype, "backbone": cfg.backbone}))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=["vae", "mt", "las", "face"])
+    sides = {"vae": vae, "mt": mt, "las": las, "face": face, "mask": mask}
+    parser.add_argument("name", choices=sides)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     known, rest = parser.parse_known_args()  # the rest are flags of the script
-    {"vae": vae, "mt": mt, "las": las, "face": face}[known.name](rest or ["--data", "demo"], known.rounds, known.steps)
+    sides[known.name](rest or ["--data", "demo"], known.rounds, known.steps)

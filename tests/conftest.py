@@ -32,6 +32,15 @@ TABLE = {
         "shape_flag": "--latent_dim 3",
         "init_flag": "--latent_dim 3",
     },
+    "fasterrcnn_mask": {
+        "tiny": "--image_size 32 --batch_size 2 --warmup 10",
+        "noise_off": "--augment 0",
+        "patch": "pass",
+        "ranks_equal_one": False,  # each process draws the anchors and boxes that it learns from
+        "predict": "detect out/fasterrcnn_mask-demo/curves.png --save pictures",
+        "predicted": "pictures/curves.png",
+        "shape_flag": "--backbone resnet50",
+    },
     "transformer_mt": {
         "tiny": "--vocab_size 120 --batch_size 400 --beam_size 2 --max_len 20",
         "noise_off": "--dropout 0",

@@ -129,7 +129,8 @@ def driver(name, folder):
 
 @each_script
 def test_two_processes_equal_one(name, tmp_path):
-    """10 steps on 1 and on 2 gloo ranks give the same weights; two workers killed on the way change nothing."""
+    """10 steps on 1 and on 2 gloo ranks give the same weights, where no process draws samples of its own; two workers
+    killed on the way change nothing."""
     program = driver(name, tmp_path)
     quiet = flags(name, f"{TABLE[name]['noise_off']} --dtype float32 --max_steps 10 --eval_every 5 --save_every 2 --log_every 1")
     done = python(program, *quiet, "--out", "one", cwd=tmp_path)
@@ -137,9 +138,11 @@ def test_two_processes_equal_one(name, tmp_path):
     done = python(*torchrun(program), *quiet, "--out", "two", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("final test") == 1, done.stderr
     one, two = (weights_of(tmp_path / run / "last.pt") for run in ("one", "two"))
-    assert max((one[k].float() - two[k].float()).abs().max().item() for k in one) < 1e-5
+    equal = TABLE[name].get("ranks_equal_one", True)
+    assert one.keys() == two.keys()
+    assert not equal or max((one[k].float() - two[k].float()).abs().max().item() for k in one) < 1e-5
     for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
-        if a["split"] != "test":  # the same losses, and the same validation figures
+        if equal and a["split"] != "test":  # the same losses, and the same validation figures
             assert a.keys() == b.keys() and a["split"] == b["split"]
             for key in set(a) - {"split"}:
                 assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), (key, a, b)
