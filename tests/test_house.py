@@ -2,7 +2,7 @@
 import ast
 import difflib
 import inspect
-import os
+import json
 import re
 import shutil
 import signal
@@ -261,10 +261,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(name, tmp_path, refuses, monkeyp
 
 
 @each_script
-def test_bench_prints_one_json_line(name, tmp_path, call):
-    import json
-    if os.environ.get("CI") and shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+def test_bench_prints_one_json_line(name, tmp_path, call, monkeypatch):
+    """Compiled in earnest for the first script alone: it takes half a minute, and says nothing of the task."""
+    if name != SCRIPTS[0] or shutil.which("g++") is None:
+        monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: None)
     status, out, _ = call(name, f"bench {' '.join(flags(name))}")
     figures = json.loads(out.splitlines()[-1])
     assert status == 0 and figures["eager"]["items/s"] > 0 and 0 <= figures["compiled"]["data_share"] <= 1
