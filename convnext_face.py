@@ -12,8 +12,8 @@
     python convnext_face.py verify a.jpg b.jpg                # the same person?
     python convnext_face.py identify people/ who.jpg --json   # ranks the folder's people
 
-Measured on one thread of a 2-core AMD EPYC cloud machine, no GPU, beside four or five other trainings, which is
-why the times are upper bounds; one run each, seed 0:
+Measured on one thread of a 2-core AMD EPYC cloud machine, no GPU, beside four or five other trainings, so
+that times are upper bounds; one run each, seed 0:
 
     --data demo     98.6 % of 100 people right, EER 3.86 % on 40 unseen ones; 4.1 min (88 s of CPU time)
     --data hw2p2    152 people: 35.9 % of dev right, 21.3 % of unknown_dev (15 people), EER 34.8 %; 31 min
@@ -22,7 +22,7 @@ why the times are upper bounds; one run each, seed 0:
                     dev 39.4 %, unknown_dev 24.0 %, EER 34.1 %; DevTest 80.0 %, AUC 88.0 %, EER 20.0 %
     --data demo --epochs 8, EER on unseen people: softmax 8.24 %, center 7.38 %, arcface 10.69 %
 
-To beat on the full HW2P2 (7,000 people): 91.25 % of dev right, and 0.715 of unknown_dev among 1,000 people. The
+To beat on the full HW2P2 (7,000 people): 91.25 % of dev right, 0.715 of unknown_dev among 1,000 people. The
 recipe `hw2p2-full` has run on the layout, not yet on the data.
 
 Papers: Liu et al., "A ConvNet for the 2020s", 2022, arXiv 2201.03545; Wen et al., "A Discriminative Feature
@@ -458,6 +458,8 @@ def load_data(cfg):
     gallery, queries = [], []
     if known:
         gallery = [(name, path) for name, paths in find_people(known).items() for path in paths]
+        if not gallery:
+            raise UserError(f"{known}: no sub-folders with images; it takes one per person")
         if files := images_in(known.with_name("unknown_dev")):
             queries = read_identities(known.with_name("dev_identities.csv"), files)
         places = {"classification": train / "../test", "verification": known / "../unknown_test"}
@@ -793,8 +795,8 @@ def predict(mode, inputs, flags):
     if mode == "verify":
         cosine, threshold = float(z[0] @ z[1]), ckpt["threshold"]
         line = {"cosine": round(cosine, 4), "threshold": round(threshold, 4), "same": cosine > threshold}
-        text = f"{'the same person' if line['same'] else 'different people'}: {cosine:.4f} to {threshold:.4f}"
-        return say(json.dumps(line) if cfg.json else text)
+        text = "the same person" if line["same"] else "different people"
+        return say(json.dumps(line) if cfg.json else f"{text}: cosine {cosine:.3f}, threshold {threshold:.3f}")
     for i, row in zip(good, (z @ known.T).tolist()):
         best = {}
         for name, cosine in sorted(zip(owners, row), key=lambda item: item[1]):
