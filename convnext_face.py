@@ -795,8 +795,9 @@ def predict(mode, inputs, flags):
     if mode == "verify":
         cosine, threshold = float(z[0] @ z[1]), ckpt["threshold"]
         line = {"cosine": round(cosine, 4), "threshold": round(threshold, 4), "same": cosine > threshold}
-        text = "the same person" if line["same"] else "different people"
-        return say(json.dumps(line) if cfg.json else f"{text}: cosine {cosine:.3f}, threshold {threshold:.3f}")
+        text = f"cosine {cosine:.3f}, threshold {threshold:.3f}"
+        text = f"{'the same person' if line['same'] else 'different people'}: {text}"
+        return say(json.dumps(line) if cfg.json else text)
     for i, row in zip(good, (z @ known.T).tolist()):
         best = {}
         for name, cosine in sorted(zip(owners, row), key=lambda item: item[1]):
