@@ -323,6 +323,9 @@ def test_hw2p2(hw2p2, call, refuses):
     identities.write_text(good)
     status, out, _ = call(NAME, f"--data task {SMALL}")
     assert status == 0 and "1 people are verified that are trained on: n1" in out
+    for folder in ("k2", "n1"):
+        shutil.rmtree(hw2p2 / "known" / folder)
+    refuses(NAME, f"--data task {SMALL}", "known", "one per person")
 
 
 def test_recipe_for_the_full_hw2p2(hw2p2, call, tmp_path):
