@@ -1,7 +1,7 @@
 """Faster R-CNN: it learns to find faces and to tell who wears a mask, who does not, and who wears it badly.
 
     python fasterrcnn_mask.py --data demo                 # generated scenes: no download, no GPU
-    python fasterrcnn_mask.py --data face-mask-detection  # fine-tunes COCO weights: 175 MB on first use
+    python fasterrcnn_mask.py --data face-mask-detection  # fine-tunes COCO weights: 167 MB on first use
     python fasterrcnn_mask.py --data face-mask-detection --backbone mobilenet --weights none  # from scratch
     python fasterrcnn_mask.py --data path/to/voc          # yours: images, and VOC annotations of their names
     torchrun --nproc_per_node=8 fasterrcnn_mask.py --data face-mask-detection --batch_size 64 --lr 0.04
@@ -10,7 +10,11 @@
     python fasterrcnn_mask.py eval                        # of the newest out/fasterrcnn_mask-*/best.pt
     python fasterrcnn_mask.py detect photo.jpg folder --save found --json
 
-RESULTS_GO_HERE
+Measured on one thread of a 2-core AMD EPYC cloud machine, no GPU, seed 0, other work beside it (so that times
+are upper bounds). The demo: 0.967 mAP50, 0.785 mAP on held-out scenes in 7 minutes, 2 of them CPU time.
+MobileNetV3 from scratch on 759 of the 853 images of face-mask-detection, 531 to train on: 0.395 mAP50 and
+0.219 mAP on 114 test images in 74 minutes; AP50 0.669 with a mask, 0.263 without, 0.253 badly worn.
+Fine-tuning has not been measured, for want of COCO weights there.
 
 Paper: Ren et al., "Faster R-CNN", 2015, arXiv 1506.01497, on a feature pyramid: Lin et al., 2017, arXiv
 1612.03144. From scratch, with group normalisation: He et al., "Rethinking ImageNet Pre-training", 2018, arXiv
@@ -614,7 +618,8 @@ def drawn(image, boxes, labels, classes, scores=None):
         colour, words = COLOURS[(label - 1) % 8], classes[label - 1].replace("_", " ")
         words += "" if scores is None else f" {scores[i]:.2f}"
         pen.rectangle(box, outline=colour, width=max(2, max(image.size) // 250))
-        place = box[0], max(0, box[1] - 1.2 * font.size)
+        left = max(0, min(box[0], image.width - font.getlength(words)))  # the words stay inside
+        place = left, max(0, box[1] - 1.2 * font.size)
         pen.rectangle(pen.textbbox(place, words, font), fill=colour)
         pen.text(place, words, "white", font)
     return image
@@ -654,7 +659,7 @@ def draw(items, found, classes, threshold, folder):
             axes.plot(recall, precision, color=COLOURS[(label - 1) % 8], label=f"{name} ({count} faces)")
             if at := int((scores >= threshold).sum()):
                 axes.plot(recall[at - 1], precision[at - 1], "o", color=COLOURS[(label - 1) % 8])
-        axes.legend(loc="lower left")
+        figure.legend(loc="outside lower center", ncols=2)
         figure.savefig(folder / "pr.png", dpi=100)
 
 
