@@ -872,7 +872,8 @@ def open_checkpoint(flags):
     path = flags.get("ckpt") or (newest[-1] if newest else f"out/{SCRIPT}-demo/best.pt")
     ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
     cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
-    say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {ckpt['best']:.5g}")
+    best = "none yet" if ckpt["best"] is None else f"{ckpt['best']:.5g}"
+    say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {best}")
     folder.mkdir(parents=True, exist_ok=True)
     return cfg, ckpt, pick_device(cfg.device), folder
 
@@ -1010,10 +1011,10 @@ def draw_curves(folder):
     """curves.png: each figure of log.jsonl against the step."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = {k: v for r in records[:-1] for k, v in r.items()}
-    names = [k for k, v in last.items() if isinstance(v, (int, float))]
+    names = [k for k, v in last.items() if isinstance(v, (int, float)) and k != "step"]
     rows = math.ceil(len(names) / 3)
     if figure := new_figure(12, 3 * rows):
-        for i, name in enumerate(names[1:], 1):  # the first is the step
+        for i, name in enumerate(names, 1):
             axes = figure.add_subplot(rows, 3, i, xlabel="step", ylabel=name)
             for split in ("train", "val"):
                 if points := [(r["step"], r[name]) for r in records if r["split"] == split and name in r]:

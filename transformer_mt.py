@@ -837,7 +837,8 @@ def open_checkpoint(flags):
     path = flags.get("ckpt") or (newest[-1] if newest else f"out/{SCRIPT}-demo/best.pt")
     ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
     cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
-    say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {ckpt['best']:.5g}")
+    best = "none yet" if ckpt["best"] is None else f"{ckpt['best']:.5g}"
+    say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {best}")
     folder.mkdir(parents=True, exist_ok=True)
     return cfg, ckpt, pick_device(cfg.device), folder
 
@@ -975,10 +976,10 @@ def draw_curves(folder):
     """curves.png: each figure of log.jsonl against the step."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = {k: v for r in records[:-1] for k, v in r.items()}
-    names = [k for k, v in last.items() if isinstance(v, (int, float))]
+    names = [k for k, v in last.items() if isinstance(v, (int, float)) and k != "step"]
     rows = math.ceil(len(names) / 3)
     if figure := new_figure(12, 3 * rows):
-        for i, name in enumerate(names[1:], 1):  # the first is the step
+        for i, name in enumerate(names, 1):
             axes = figure.add_subplot(rows, 3, i, xlabel="step", ylabel=name)
             for split in ("train", "val"):
                 if points := [(r["step"], r[name]) for r in records if r["split"] == split and name in r]:
@@ -1059,7 +1060,7 @@ def main(argv=None):
         """One optimizer step; -> the parts of the loss."""
         src, tgt, tokens = batch
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step)
+            group["lr"] = learning_rate(cfg, step, schedule)
         raw.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             logits = model(src, F.pad(tgt, (1, -1), value=BOS))  # shifted right
@@ -1076,7 +1077,7 @@ def main(argv=None):
 
     for step in range(run.step + 1, total + 1):
         losses = update(step, fetch(step))
-        check, save = run.step_done(losses, total, count, learning_rate(cfg, step))
+        check, save = run.step_done(losses, total, count, learning_rate(cfg, step, schedule))
         if check:
             figures, _ = evaluate(average.module, sp, cfg, data["val"], device, 1)
             run.write("val", figures)
@@ -1098,9 +1099,10 @@ def main(argv=None):
     run.finish(figures)
 
 
-def learning_rate(cfg, step):
-    """Linear warm-up, then as 1 / sqrt(step) (equation 3)."""
-    return cfg.lr * min(step / max(1, cfg.warmup), (max(1, cfg.warmup) / step) ** 0.5)
+def learning_rate(cfg, step, schedule):
+    """Linear warm-up, then as 1 / sqrt(step) (equation 3), and in the last fifth linearly down to zero."""
+    rate = cfg.lr * min(step / max(1, cfg.warmup), (max(1, cfg.warmup) / step) ** 0.5)
+    return rate * min(1, 5 * (1 - step / (schedule + 1)))
 
 
 if __name__ == "__main__":

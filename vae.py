@@ -11,7 +11,13 @@
     python vae.py interpolate --from_class trouser --to_class bag
     python vae.py encode path/to/images --save codes
 
-RESULTS_GO_HERE
+Measured on one thread of a 2-core cloud machine, no GPU, other work beside it; one run each, seed 0:
+
+    --data demo                                       10-NN accuracy 0.999 on the 2-D codes; 1.5 minutes
+    --data fashionmnist                               ELBO -254.4 nats a test image in 2-D; 5.9 minutes
+    --data fashionmnist --latent_dim 40 --epochs 50   ELBO -231.9, IWAE bound -229.4; 24 minutes of CPU time
+
+The literature's VAE reaches -228.70 under this protocol, the Exemplar VAE -226.75.
 
 Paper: Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, arXiv 1312.6114. The bound with k samples:
 Burda et al., "Importance Weighted Autoencoders", 2016, arXiv 1509.00519. The protocol in nats (28x28 pixels,
@@ -643,7 +649,8 @@ def open_checkpoint(flags):
     path = flags.get("ckpt") or (newest[-1] if newest else f"out/{SCRIPT}-demo/best.pt")
     ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
     cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
-    say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {ckpt['best']:.5g}")
+    best = "none yet" if ckpt["best"] is None else f"{ckpt['best']:.5g}"
+    say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {best}")
     folder.mkdir(parents=True, exist_ok=True)
     return cfg, ckpt, pick_device(cfg.device), folder
 
@@ -781,10 +788,10 @@ def draw_curves(folder):
     """curves.png: each figure of log.jsonl against the step."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = {k: v for r in records[:-1] for k, v in r.items()}
-    names = [k for k, v in last.items() if isinstance(v, (int, float))]
+    names = [k for k, v in last.items() if isinstance(v, (int, float)) and k != "step"]
     rows = math.ceil(len(names) / 3)
     if figure := new_figure(12, 3 * rows):
-        for i, name in enumerate(names[1:], 1):  # the first is the step
+        for i, name in enumerate(names, 1):
             axes = figure.add_subplot(rows, 3, i, xlabel="step", ylabel=name)
             for split in ("train", "val"):
                 if points := [(r["step"], r[name]) for r in records if r["split"] == split and name in r]:

@@ -152,7 +152,8 @@ def test_positions_and_learning_rate():
             assert table[pos, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
             assert table[pos, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
     cfg = mt.Config(lr=2.0, warmup=100)
-    assert [mt.learning_rate(cfg, s) for s in (1, 50, 100, 400)] == pytest.approx([0.02, 1.0, 2.0, 1.0])
+    assert [mt.learning_rate(cfg, s, 999) for s in (1, 50, 100, 400)] == pytest.approx([0.02, 1.0, 2.0, 1.0])
+    assert mt.learning_rate(cfg, 900, 999) == pytest.approx(2 / 3 * 0.5)  # half way down
 
 
 def test_it_memorises_twenty_sentences():
