@@ -12,10 +12,10 @@
     python convnext_face.py verify a.jpg b.jpg                # the same person?
     python convnext_face.py identify people/ who.jpg --json   # ranks the folder's people
 
-Measured on one thread of a 2-core AMD EPYC cloud machine, no GPU, beside four or five other trainings, so
-that times are upper bounds; one run each, seed 0:
+Measured on one thread of a 2-core cloud machine, no GPU, but for the demo beside four or five other
+trainings; one run each, seed 0:
 
-    --data demo     98.6 % of 100 people right, EER 3.86 % on 40 unseen ones; 4.1 min (88 s of CPU time)
+    --data demo     98.6 % of 100 people right, EER 3.86 % on 40 unseen ones; 1.4 min
     --data hw2p2    152 people: 35.9 % of dev right, 21.3 % of unknown_dev (15 people), EER 34.8 %; 31 min
                     LFW View 1, DevTest: accuracy 79.6 %, AUC 87.6 %, EER 20.8 %
     the same, then --init out/convnext_face-hw2p2/best.pt --augment 1 --lr 2e-3 --epochs 20: 16 min more

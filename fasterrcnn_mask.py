@@ -10,8 +10,8 @@
     python fasterrcnn_mask.py eval                        # of the newest out/fasterrcnn_mask-*/best.pt
     python fasterrcnn_mask.py detect photo.jpg folder --save found --json
 
-Measured on one thread of a 2-core AMD EPYC cloud machine, no GPU, seed 0, other work beside it (so that times
-are upper bounds). The demo: 0.967 mAP50, 0.785 mAP on held-out scenes in 7 minutes, 2 of them CPU time.
+Measured on one thread of a 2-core cloud machine, no GPU, one run each, seed 0; but for the demo other work
+was busy beside it. The demo: 0.967 mAP50, 0.785 mAP on held-out scenes in 1.7 minutes.
 MobileNetV3 from scratch on 759 of the 853 images of face-mask-detection, 531 to train on: 0.395 mAP50 and
 0.219 mAP on 114 test images in 74 minutes; AP50 0.669 with a mask, 0.263 without, 0.253 badly worn.
 Fine-tuning has not been measured, for want of COCO weights there.
