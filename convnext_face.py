@@ -349,8 +349,9 @@ def read_faces(paths, size, cache="", lfw=False):
     `cache` the result is kept in data/CACHE/cache, under a key made of all that goes in."""
     stamps = [f"{path} {path.stat().st_mtime_ns if path.exists() else 0}" for path in paths]
     kept = Path("data", cache, "cache", f"faces-{seed_for('faces 1', stamps, size, lfw):x}.pt")
-    if cache and kept.exists():
-        return torch.load(kept, weights_only=True, mmap=True)
+    if cache:
+        with contextlib.suppress(Exception):  # none yet, or a damaged one, which is made again
+            return torch.load(kept, weights_only=True, mmap=True)
     images, good, bad = torch.empty(len(paths), size, size, 3, dtype=torch.uint8), [], []
 
     def read(i):
@@ -396,7 +397,7 @@ def share_out(people):
     a tenth each goes to "val" and to "test", at least one of three."""
     away = list(people)[9::10] if len(people) >= 20 else []
     parts = {"train": {}, "val": {}, "test": {}, "unseen": {name: people[name] for name in away}}
-    for name in people.keys() - set(away):
+    for name in [name for name in people if name not in away]:  # in order: processes must agree
         paths, n = people[name], max(len(people[name]) // 10, int(len(people[name]) > 2))
         for part, some in (("val", paths[:n]), ("test", paths[n : 2 * n]), ("train", paths[2 * n :])):
             parts[part] |= {name: some} if some else {}

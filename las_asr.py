@@ -117,7 +117,7 @@ def reverse(x, lengths):
 class BLSTM(nn.Module):
     """A bidirectional LSTM as two of one direction; the second hears each sequence reversed in its length.
 
-    That equals packing the sequences, is several times as fast on a CPU, and needs no lengths on the host.
+    That equals packing the sequences, at a sixth of its time or less on a CPU, without lengths on the host.
     """
 
     def __init__(self, n_in, hidden):
@@ -680,15 +680,14 @@ def score(model, cfg, data, folder, device):
     """The figures of the test set, or where there is none of the validation set; writes the transcripts."""
     name = "test" if "test" in data else "val"
     figures, texts = evaluate(model, cfg, data[name], device, cfg.beam_size)
-    if RANK == 0:
-        lines = [f"{ref}\t{hyp}\n" for ref, hyp in zip(data[name][2], texts)]
-        (folder / f"{name}.tsv").write_text("reference\thypothesis\n" + "".join(lines), encoding="utf-8")
-        extra = sorted((Path("data", cfg.data) / "test-clean" / "mfcc").glob("*.npy"))
-        if cfg.data == "hw4p2" and extra:  # the task's own test set comes without transcripts
-            unknown = prepare(cfg, "submission", [(path, None) for path in extra], [1.0])
-            texts, _ = transcripts(model, unknown, cfg, device, cfg.beam_size)
-            rows = "".join(f"{i},{text}\n" for i, text in enumerate(texts))
-            (folder / "submission.csv").write_text("index,label\n" + rows, encoding="utf-8")
+    files = {f"{name}.tsv": ["reference\thypothesis", *map("\t".join, zip(data[name][2], texts))]}
+    extra = sorted((Path("data", cfg.data) / "test-clean" / "mfcc").glob("*.npy"))
+    if cfg.data == "hw4p2" and extra:  # the task's own test set comes without transcripts
+        unknown = prepare(cfg, "submission", [(path, None) for path in extra], [1.0])
+        texts, _ = transcripts(model, unknown, cfg, device, cfg.beam_size)  # on all processes
+        files["submission.csv"] = ["index,label", *(f"{i},{text}" for i, text in enumerate(texts))]
+    for file, lines in files.items() if RANK == 0 else ():
+        (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return figures | {"n": len(data[name][2])}
 
 
@@ -699,13 +698,14 @@ def draw(model, data, path, device):
         return
     model.eval()
     place = int(np.argsort(data[1])[len(data[1]) // 2])
-    x, lengths, targets = Batches(data, 1, device).gather(np.array([place]))
+    begin, n, text = sum(data[1][:place]), data[1][place], data[2][place]
+    x, lengths, targets = Batches((data[0][begin : begin + n], [n], [text]), n, device).gather(np.array([0]))
     _, attention, _ = model(x, lengths, targets)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3])
     seconds = x.shape[1] / 100
     top.imshow(x[0].T.cpu().numpy(), aspect="auto", origin="lower", extent=(0, seconds, 0, x.shape[2]))
     top.set_ylabel("feature")
-    u, text = targets.shape[1], data[2][place]
+    u = targets.shape[1]
     below.imshow(attention[0].cpu().numpy(), aspect="auto", cmap="Blues", extent=(0, seconds, u, 0))
     below.set_yticks(np.arange(u) + 0.5, [*text.replace(" ", "_"), "end"], fontsize=7)
     below.set(xlabel="time (s)", ylabel="character")

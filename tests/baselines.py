@@ -49,6 +49,19 @@ def report(name, seconds, ours, **more):
     print(json.dumps(line | {"threads": torch.get_num_threads()} | more))
 
 
+def report_rates(name, rates, unit, **more):
+    """The same for {side: items per second}, the first side being ours."""
+    first, *others = rates
+    line = {"script": name, **{f"{side} {unit}": round(rate, 2) for side, rate in rates.items()},
+            **{f"ratio to {side}": round(rates[first] / rates[side], 2) for side in others}}
+    print(json.dumps(line | {"threads": torch.get_num_threads()} | more))
+
+
+def forever(loader):
+    while True:
+        yield from loader
+
+
 def vae(flags, rounds, steps):
     """A DataLoader of PIL images, transformed one by one in the collate function, `.item()` at every step."""
     from torchvision.transforms import v2
@@ -58,12 +71,7 @@ def vae(flags, rounds, steps):
     to_tensor = v2.Compose([v2.ToPILImage(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     loader = torch.utils.data.DataLoader(images.numpy()[..., None], box["count"], shuffle=True, drop_last=True,
                                          collate_fn=lambda items: torch.stack([to_tensor(i) for i in items]))
-
-    def forever():
-        while True:
-            yield from loader
-
-    batches = forever()
+    batches = forever(loader)
     model = module.VAE(cfg.latent_dim, (cfg.width, 2 * cfg.width, 4 * cfg.width), cfg.image_size, cfg.hidden).to(device)
     optimizer, history = torch.optim.Adam(model.parameters(), 1e-3), []
 
@@ -167,10 +175,8 @@ def mt(flags, rounds, steps):
             search(model, src, 5, 1.0, 30)
             seconds[name].append(time.perf_counter() - start)
     cache = statistics.median(seconds["uncached"]) / statistics.median(seconds["cached"])
-    print(json.dumps({"script": "transformer_mt", **{f"{name} tokens/s": round(rate) for name, rate in rates.items()},
-                      **{f"ratio to {name}": round(rates["ours"] / rates[name], 2) for name in list(rates)[1:]},
-                      "cached beam search ratio": round(cache, 2), "threads": torch.get_num_threads(),
-                      "dtype": cfg.dtype, "size": cfg.size, "vocabulary": vocabulary}))
+    report_rates("transformer_mt", rates, "tokens/s", **{"cached beam search ratio": round(cache, 2)}, dtype=cfg.dtype,
+                 size=cfg.size, vocabulary=vocabulary)
 
 
 @torch.no_grad()
@@ -237,7 +243,7 @@ def las(flags, rounds, steps):
     x, targets = torch.randn(b, frames, f, device=device), torch.randint(3, v, (b, u), device=device)
     lengths = torch.linspace(frames * 0.8, frames, b).long()
     ours, notebook = module.LAS(f, v, 512, 3, 640, 0.0).to(device), NotebookLAS(f, v).to(device)
-    own, far = ([p for p in net.parameters()] for net in (ours, notebook))
+    own, far = (list(net.parameters()) for net in (ours, notebook))
     optimizers = torch.optim.AdamW(own, 1e-4, fused=True), torch.optim.Adam(far, 1e-4)
     if device.type == "cuda":
         ours.compile()
@@ -311,12 +317,7 @@ def face(flags, rounds, steps):
     loader = torch.utils.data.DataLoader(
         list(zip(images, labels)), box["count"], shuffle=True, drop_last=True,
         collate_fn=lambda items: (torch.stack([transform(x) for x, _ in items]), torch.stack([y for _, y in items])))
-
-    def forever():
-        while True:
-            yield from loader
-
-    batches, classes = forever(), int(labels.max()) + 1
+    batches, classes = forever(loader), int(labels.max()) + 1
     net = torchvision.models.convnext_tiny(num_classes=classes, stochastic_depth_prob=cfg.drop_path).to(device)
     centers = nn.Parameter(torch.randn(classes, 768, device=device))
     first, second = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05), torch.optim.SGD([centers], 0.5)
@@ -371,13 +372,12 @@ def mask(flags, rounds, steps):
                 x = v2.functional.to_dtype(v2.functional.pil_to_tensor(change(image.convert("RGB"))), torch.float, True)
             return x, {"boxes": items[i]["boxes"] * items[i]["scale"], "labels": items[i]["labels"]}
 
-    def forever(size):
-        while True:
-            yield from torch.utils.data.DataLoader(Files(), size, shuffle=True, drop_last=True,
-                                                   collate_fn=lambda batch: tuple(zip(*batch)))
+    def batches_of(size):
+        return forever(torch.utils.data.DataLoader(Files(), size, shuffle=True, drop_last=True,
+                                                   collate_fn=lambda batch: tuple(zip(*batch))))
     sides = {"ours": (lambda step: box["update"](step, box["fetch"](step)), box["count"])}
     for name, size in (("reference loop", box["count"]), ("notebook", 5)):
-        model, batches = copy.deepcopy(box["raw"]), forever(size)
+        model, batches = copy.deepcopy(box["raw"]), batches_of(size)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3, momentum=0.9, weight_decay=1e-4)
 
         def plain(step, model=model, batches=batches, optimizer=optimizer, notebook=name == "notebook"):
@@ -394,9 +394,7 @@ def mask(flags, rounds, steps):
         sides[name] = plain, size
     seconds = alternate({name: step for name, (step, _) in sides.items()}, rounds, steps, device)
     rates = {name: sides[name][1] / value for name, value in seconds.items()}
-    print(json.dumps({"script": "fasterrcnn_mask", **{f"{name} images/s": round(rate, 2) for name, rate in rates.items()},
-                      **{f"ratio to {name}": round(rates["ours"] / rates[name], 2) for name in list(rates)[1:]},
-                      "threads": torch.get_num_threads(), "dtype": cfg.dtype, "backbone": cfg.backbone}))
+    report_rates("fasterrcnn_mask", rates, "images/s", dtype=cfg.dtype, backbone=cfg.backbone)
 
 
 if __name__ == "__main__":

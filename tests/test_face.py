@@ -242,6 +242,15 @@ def test_folder_of_people(people, call, tmp_path):
     before = face.load_data(face.Config(data="people", image_size=16))["val"][0][0].clone()
     photo(people / "p0/0.png", 10)
     assert not torch.equal(before, face.load_data(face.Config(data="people", image_size=16))["val"][0][0])
+    for path in (tmp_path / "data/people/cache").glob("*.pt"):  # a damaged cache is made again
+        path.write_bytes(b"damaged")
+    assert len(face.load_data(face.Config(data="people", image_size=16))["val"][0])
+
+
+def test_people_are_shared_out_in_their_order():
+    people = {f"person {i}": [f"{i}/{k}" for k in range(5)] for i in range(30)}
+    for name, part in face.share_out(people).items():
+        assert list(part) == [name for name in people if name in part], name
 
 
 def test_twenty_people_leave_some_unseen(tmp_path, monkeypatch):

@@ -3,11 +3,13 @@
 FUZZ=10000 python -m pytest tests/test_fuzz.py runs the long form."""
 import gzip
 import importlib
+import io
 import os
 import random
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import SCRIPTS
 
@@ -29,6 +31,13 @@ def mutated(data, dice):
     return bytes(data[: dice.randrange(1, len(data))] if dice.random() < 0.1 else data)
 
 
+def written(write, *args, **how):
+    """The bytes that write(file, ...) makes."""
+    file = io.BytesIO()
+    write(file, *args, **how)
+    return file.getvalue()
+
+
 def idx(vae, folder):
     data = b"\0\0\x08\3" + np.array([2, 4, 4], ">u4").tobytes() + bytes(range(32))
     return "train-images-idx3-ubyte", data, lambda path: vae.read_idx(folder, "train-images-idx3")
@@ -44,29 +53,22 @@ def tsv(las, folder):
 
 
 def letters(las, folder):
-    import io
-    file = io.BytesIO()
-    np.save(file, np.array(["<sos>", *"WORDS", "<eos>"]))
     (folder / "mfcc").mkdir(exist_ok=True)
     (folder / "transcript" / "raw").mkdir(parents=True, exist_ok=True)
-    return "transcript/raw/u.npy", file.getvalue(), lambda path: las.read_transcript(folder / "mfcc" / "u.npy")
+    data = written(np.save, np.array(["<sos>", *"WORDS", "<eos>"]))
+    return "transcript/raw/u.npy", data, lambda path: las.read_transcript(folder / "mfcc" / "u.npy")
 
 
 def features(las, folder):
-    import io
-    file = io.BytesIO()
-    np.save(file, np.random.default_rng(0).normal(size=(20, 5)).astype("float32"))
+    data = written(np.save, np.random.default_rng(0).normal(size=(20, 5)).astype("float32"))
     config = las.Config(data=str(folder / "x.tsv"))
-    return "u.npy", file.getvalue(), lambda path: las.prepare(config, "train", [(path, "WORD")], [1.0])
+    return "u.npy", data, lambda path: las.prepare(config, "train", [(path, "WORD")], [1.0])
 
 
 def sound(las, folder):
-    import io
-    import soundfile
-    file = io.BytesIO()
-    soundfile.write(file, np.random.default_rng(0).normal(size=3000) * 0.1, 16000, format="WAV")
+    data = written(soundfile.write, np.random.default_rng(0).normal(size=3000) * 0.1, 16000, format="WAV")
     config = las.Config(data=str(folder / "x.tsv"))
-    return "u.wav", file.getvalue(), lambda path: las.prepare(config, "train", [(path, "WORD")], [1.0])
+    return "u.wav", data, lambda path: las.prepare(config, "train", [(path, "WORD")], [1.0])
 
 
 def voc(mask, folder):

@@ -12,7 +12,7 @@ import soundfile
 import torch
 import torch.nn as nn
 import las_asr as las
-from conftest import ROOT
+from conftest import ROOT, python, torchrun
 
 SMALL = "--device cpu --compile off --hidden 8 --speller 8 --max_steps 2 --speeds 1.0"
 
@@ -444,3 +444,13 @@ def test_ctc_prefix_scores_equal_all_paths_and_ctc_loss():
     for k, text in enumerate(texts):
         loss = nn.functional.ctc_loss(log_p[0][:, None], torch.tensor([text]), (6,), (len(text),), reduction="sum")
         assert end[k].item() == pytest.approx(-loss.item(), abs=1e-3)
+
+
+def test_two_processes_write_the_same_submission(tmp_path):
+    kaggle(tmp_path / "data" / "hw4p2")
+    small = ["--data", "hw4p2", *SMALL.split(), "--dtype", "float32"]
+    for out, how in (("one", ()), ("two", torchrun())):
+        done = python(*how, ROOT / "las_asr.py", *small, "--out", out, "--max_steps", 1, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    for file in ("submission.csv", "val.tsv"):
+        assert (tmp_path / "one" / file).read_text() == (tmp_path / "two" / file).read_text()

@@ -1,7 +1,6 @@
 """vae.py against independent computations."""
 import gzip
 import math
-import shutil
 
 import numpy as np
 import pytest
