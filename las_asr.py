@@ -114,6 +114,46 @@ def reverse(x, lengths):
     return x.gather(1, torch.where(back < 0, at, back)[:, :, None].expand_as(x))
 
 
+class WithWeight(torch.autograd.Function):
+    """Takes the gradient of a weight out of a loop over time. Each y_t = added_t + x_t w^T costs a product and an
+    addition of the size of w in the backward pass; here the loop uses w detached and appends x_t to the list
+    `xs`, and one product over all t makes the gradient. added (T, B, N), w (N, K), or (B, N, K) with one for
+    each sound, x_t (B, K) -> added."""
+
+    @staticmethod
+    def forward(ctx, added, w, xs):
+        ctx.xs, ctx.shared = xs, w.dim() == 2
+        return added.view_as(added)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = torch.stack(ctx.xs)  # (T, B, K)
+        y = grad.to(x.dtype)
+        if ctx.shared:
+            return grad, y.flatten(0, 1).mT @ x.flatten(0, 1), None
+        return grad, y.permute(1, 2, 0) @ x.transpose(0, 1), None
+
+
+def lstm_cell(gates, c):
+    """The pointwise part of an LSTM: (B, 4 H), (B, H) -> h in the precision of the gates, c in float32."""
+    i, f, g, o = gates.chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh().to(gates.dtype), c
+
+
+def unrolled(lstm, x):
+    """What `lstm` makes of (B, T, F), step by step: (B, T, H)."""
+    gates = F.linear(x.transpose(0, 1), lstm.weight_ih_l0, lstm.bias_ih_l0 + lstm.bias_hh_l0)
+    w, xs, hs = lstm.weight_hh_l0.to(gates.dtype), [], []
+    h = gates.new_zeros(len(x), lstm.hidden_size)
+    c = h.float()
+    for row in WithWeight.apply(gates, w, xs).unbind():
+        xs.append(h.detach())
+        h, c = lstm_cell(torch.addmm(row, h, w.detach().T), c)
+        hs.append(h)
+    return torch.stack(hs, 1)
+
+
 class BLSTM(nn.Module):
     """A bidirectional LSTM as two of one direction; the second hears each sequence reversed in its length.
 
@@ -126,11 +166,14 @@ class BLSTM(nn.Module):
 
     def forward(self, x, lengths):
         """(B, T, F), (B,) -> (B, T, 2 hidden), zero behind each sequence's end."""
+        turned, wide = reverse(x, lengths), x.shape[2] > 2 * self.forth.hidden_size
         if x.is_cuda:  # where autocast turns an LSTM into float16, whatever it is told, and gradients vanish
             with torch.autocast("cuda", enabled=False):
-                forth, back = self.forth(x.float())[0], self.back(reverse(x.float(), lengths))[0]
+                forth, back = self.forth(x.float())[0], self.back(turned.float())[0]
+        elif wide and self.training and torch.is_autocast_enabled("cpu"):  # where oneDNN's backward pass adds to
+            forth, back = unrolled(self.forth, x), unrolled(self.back, turned)  # a wide gradient at every frame
         else:
-            forth, back = self.forth(x)[0], self.back(reverse(x, lengths))[0]
+            forth, back = self.forth(x)[0], self.back(turned)[0]
         y = torch.cat([forth, reverse(back, lengths)], -1)
         return y * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[:, :, None]
 
@@ -183,10 +226,14 @@ class LAS(nn.Module):
         self.ctc = nn.Linear(2 * hidden, vocab_size)
 
     def listen(self, features, lengths):
-        """(B, T, F), (B,) -> memory: keys and values (B, T', D), mask (B, T'); and the CTC logits."""
+        """(B, T, F), (B,) -> memory, what the speller attends to; and the CTC logits. A query is a linear
+        function of the state h, so that q k is h times a projection of the key, made here once: keys and
+        values (B, T', D), and what is added to the energies, -inf behind the end (B, T')."""
         x, lengths = self.listener(features, lengths)
         mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None].clamp(min=1)
-        return (self.key(x), self.value(x), mask), self.ctc(x)
+        key = self.key(x) / math.sqrt(self.query.in_features)
+        bias = (key @ self.query.bias).masked_fill(~mask, -math.inf)
+        return (key @ self.query.weight, self.value(x), bias), self.ctc(x)
 
     def start(self, count, device):
         """The speller's state before the first character: two cells and the context, for all hypotheses."""
@@ -197,34 +244,64 @@ class LAS(nn.Module):
         """One character (N,) -> logits (N, V), the next state, attention (N, T') (equations 6 to 11). N may
         be a multiple of B: hypotheses of one sound follow each other."""
         h1, c1, h2, c2, context = state
-        keys, values, mask = memory
-        x = F.dropout(torch.cat([self.embedding(tokens), context], -1), self.dropout, self.training)
-        h1, c1 = self.cells[0](x, (h1, c1))
+        keys, values, bias = memory
+        h1, c1 = self.cells[0](torch.cat([self.embedding(tokens), context], -1), (h1, c1))
         h2, c2 = self.cells[1](h1, (h2, c2))
-        q = self.query(h2).unflatten(0, (len(keys), -1))  # (B, N/B, D)
-        energy = (q @ keys.mT / math.sqrt(q.shape[-1])).masked_fill(~mask[:, None], -math.inf)
-        attention = energy.softmax(-1)  # (B, N/B, T')
+        attention = (h2.unflatten(0, (len(keys), -1)) @ keys.mT + bias[:, None]).softmax(-1)  # (B, N/B, T')
         context = (attention @ values).flatten(0, 1)
         return self.out(torch.cat([h2, context], -1)), [h1, c1, h2, c2, context], attention.flatten(0, 1)
+
+    def taught_step(self, added, state, weights):
+        """The same in training, where the out layer and the gradients of the weights wait for all characters:
+        what is added to the products with the detached `weights` of the cells, keys and values -> the next
+        state, and what was multiplied, the last of it the attention (B, T')."""
+        w1, w2, keys, values = weights
+        h1, c1, h2, c2, context = state
+        x1 = torch.cat([F.dropout(context, self.dropout, self.training), h1], -1)
+        h1, c1 = lstm_cell(torch.addmm(added[0], x1, w1.T), c1)
+        x2 = torch.cat([h1, h2], -1)
+        h2, c2 = lstm_cell(torch.addmm(added[1], x2, w2.T), c2)
+        attention = torch.baddbmm(added[2][:, None], h2[:, None], keys.mT)[:, 0].softmax(-1).to(h2.dtype)
+        context = torch.baddbmm(added[3][:, None], attention[:, None], values.mT)[:, 0]
+        return [h1, c1, h2, c2, context], [x1, x2, h2, attention]
 
     def forward(self, features, lengths, targets, teacher=1.0):
         """(B, T, F), (B,), (B, U) -> logits (B, U, V), attention (B, U, T'), CTC logits (B, T', V). In
         training, a share 1 - teacher of the characters fed are the model's own guesses."""
-        memory, ctc_logits = self.listen(features, lengths)
-        state, logits, attention = self.start(len(targets), features.device), [], []
-        tokens = torch.full_like(targets[:, 0], BOS)
-        for u in range(targets.shape[1]):
-            y, state, a = self.step(tokens, state, memory)
-            logits.append(y)
-            attention.append(a)
-            tokens = targets[:, u]
-            if self.training and teacher < 1:
-                tokens = torch.where(torch.rand(len(tokens), device=y.device) < teacher, tokens, y.argmax(-1))
-        return torch.stack(logits, 1), torch.stack(attention, 1), ctc_logits
+        (keys, values, bias), ctc_logits = self.listen(features, lengths)
+        one, two = self.cells
+        spoken, heard = one.weight_ih.chunk(2, 1)  # the first cell's weight for a character, for the context
+
+        def speak(tokens):
+            x = F.dropout(self.embedding(tokens), self.dropout, self.training)
+            return F.linear(x, spoken, one.bias_ih + one.bias_hh).to(keys.dtype)
+
+        fed = F.pad(targets, (1, -1), value=BOS).T  # (U, B)
+        weights = torch.cat([heard, one.weight_hh], 1), torch.cat([two.weight_ih, two.weight_hh], 1), keys, values.mT
+        weights, xs = [w.to(keys.dtype) for w in weights], [[] for _ in weights]
+        added = speak(fed), two.bias_ih + two.bias_hh, bias, values.new_zeros(())
+        added = [a.to(keys.dtype).expand(*fed.shape, w.shape[-2]) for a, w in zip(added, weights)]
+        added = zip(*(WithWeight.apply(*parts).unbind() for parts in zip(added, weights, xs)))
+        weights = [w.detach() for w in weights]
+
+        own = torch.rand(fed.shape, device=fed.device) >= (teacher if self.training else 1)
+        own[0] = False
+        state, heard = self.start(len(fed.T), fed.device), []
+        state = [part if i in (1, 3) else part.to(keys.dtype) for i, part in enumerate(state)]
+        for guesses, any_own, row in zip(own, own.any(1).tolist(), added):
+            if any_own:
+                guess = self.out(heard[-1].detach()).argmax(-1)
+                row = torch.where(guesses[:, None], speak(guess), row[0]), *row[1:]
+            state, multiplied = self.taught_step(row, state, weights)
+            heard.append(torch.cat([state[2], state[4]], -1))
+            for saved, x in zip(xs, multiplied):
+                saved.append(x.detach())
+        return self.out(torch.stack(heard, 1)), torch.stack(xs[3], 1), ctc_logits
 
     def compile(self, **how):
         """Compiles the speller's step alone: unrolled, it would be compiled anew for each length, and the
         listener's fused LSTMs gain nothing by it."""
+        self.taught_step = torch.compile(self.taught_step, dynamic=True, **how)
         self.step = torch.compile(self.step, dynamic=True, **how)
 
 
@@ -287,12 +364,12 @@ def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
     b, k, device, steps = len(features), beam_size, features.device, memory[2].shape[1] + 1
     state, tokens = model.start(b * k, device), torch.full((b * k,), BOS, device=device)
     said = torch.full((b, k), -math.inf, device=device).index_fill(1, torch.tensor(0, device=device), 0.0)
-    ctc = CTCPrefixes(ctc_logits, memory[2], k) if ctc_weight else None
+    ctc = CTCPrefixes(ctc_logits, memory[2].isfinite(), k) if ctc_weight else None
     alive = torch.full((b, k, steps), PAD, device=device)
     done, done_scores = alive.clone(), torch.full((b, k), -math.inf, device=device)
     first = torch.arange(b, device=device)[:, None] * k
     over = first[:, 0] < 0  # (B,): done, so that batch mates that are not change nothing
-    limit = memory[2].sum(1)[:, None, None]  # (B, 1, 1)
+    limit = memory[2].isfinite().sum(1)[:, None, None]  # (B, 1, 1)
     for t in range(steps):
         logits, state, _ = model.step(tokens, state, memory)
         logits[:, [PAD, BOS]] = -math.inf
