@@ -95,14 +95,15 @@ class Config:
     length_penalty: float = 1.0  # alpha of Wu et al., 2016, equation 14
 
 
-SIZES = {"tiny": (128, 4, 4, 256), "small": (256, 4, 3, 512), "base": (512, 8, 6, 2048)}  # d_model, heads, layers, d_ff
-PRESETS = {"demo": {"size": "tiny", "vocab_size": 300, "epochs": 7, "batch_size": 2500, "lr": 3e-3, "warmup": 200,
-                    "dropout": 0.1, "eval_every": 200, "ema": 0.99}}
+# d_model, heads, layers, d_ff
+SIZES = {"tiny": (128, 4, 4, 256), "small": (256, 4, 3, 512), "base": (512, 8, 6, 2048)}
+PRESETS = {"demo": {"size": "tiny", "vocab_size": 300, "epochs": 7, "batch_size": 2500, "lr": 3e-3,
+                    "warmup": 200, "dropout": 0.1, "eval_every": 200, "ema": 0.99}}
 MODES = {"train": "(default) train and test", "eval": "test a checkpoint, hypotheses as text",
          "translate": "[TEXT]: each sentence given, or each line of the standard input",
          "bench": "time the training step"}
 SHAPE = {"size", "vocab_size"}  # what a checkpoint alone decides
-CPU_BF16 = True
+CPU_BF16 = True  # measured: 1.4 times as fast as float32 on a CPU that multiplies bfloat16
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
 
@@ -115,8 +116,8 @@ def attention_weights(q, k, mask=None):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, four times as fast on a CPU: eight elements share the bytes of one 64-bit random number, and
-    so p counts in 256ths."""
+    """nn.Dropout, on a CPU four times as fast: eight elements share the bytes of one 64-bit random number,
+    and so p counts in 256ths."""
 
     def forward(self, x):
         level = round(256 * self.p)
@@ -152,7 +153,8 @@ class SmoothedLoss(torch.autograd.Function):
             at_x.append(p @ embedding)
             at_embedding += p.T @ (part * keep)
         x = x.float() * real
-        at_embedding.index_add_(0, targets, x, alpha=smoothing - 1).sub_(x.sum(0) * (smoothing / len(embedding)))
+        at_embedding.index_add_(0, targets, x, alpha=smoothing - 1)
+        at_embedding -= x.sum(0) * (smoothing / len(embedding))
         at_x = torch.cat(at_x).float() - (1 - smoothing) * embedding[targets] - smoothing * mean
         ctx.save_for_backward(at_x * real, at_embedding)
         return loss
@@ -194,7 +196,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x, memory)
         if x.device.type != "cpu":
             return self.join(F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal))
-        if causal:  # sentences are short: on a CPU the two products take two thirds of the fused kernel's time
+        if causal:  # sentences are short: two products take two thirds of the fused CPU kernel's time
             mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
         return self.join(attention_weights(q, k, mask) @ v)
 
@@ -282,8 +284,8 @@ class Transformer(nn.Module):
         x = self.decoder_norm(x)
         if tgt is None:
             return F.linear(x, self.embedding.weight)
-        return SmoothedLoss.apply(x.flatten(0, 1), self.embedding.weight, tgt.flatten(), label_smoothing,
-                                  self.pad_id)
+        loss = torch.compiler.disable(SmoothedLoss.apply)  # else it is compiled for each number of parts
+        return loss(x.flatten(0, 1), self.embedding.weight, tgt.flatten(), label_smoothing, self.pad_id)
 
     def start(self, src, beams, length):
         """What `step` keeps between positions, for `beams` hypotheses a sentence of up to `length` tokens."""
