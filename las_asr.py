@@ -94,8 +94,8 @@ class Config:
 PRESETS = {
     "demo": {"epochs": 6, "hidden": 128, "speller": 128, "speeds": "1.0", "dropout": 0.1, "batch_size": 4000,
              "warmup": 100, "lr": 3e-3, "eval_every": 100, "log_every": 20},
-    "speech": {"epochs": 4, "batch_size": 4000, "lr": 2e-3, "dropout": 0.1, "specaugment": 0.5, "ctc_weight": 0.5,
-               "warmup": 200, "eval_every": 1000},
+    "speech": {"epochs": 4, "batch_size": 4000, "lr": 2e-3, "warmup": 200, "dropout": 0.1, "specaugment": 0.5,
+               "ctc_weight": 0.5, "eval_every": 1000},
     "librispeech": {"hidden": 512, "stack": 1, "layers": 3, "speller": 512, "batch_size": 96000, "epochs": 40,
                     "warmup": 2000},
     "hw4p2": {"epochs": 24, "batch_size": 4000}}
@@ -116,10 +116,12 @@ def reverse(x, lengths):
 
 
 class WithWeight(torch.autograd.Function):
-    """Takes the gradient of a weight out of a loop over time. Each y_t = added_t + x_t w^T costs a product and an
-    addition of the size of w in the backward pass; here the loop uses w detached and appends x_t to the list
-    `xs`, and one product over all t makes the gradient. added (T, B, N), w (N, K), or (B, N, K) with one for
-    each sound, x_t (B, K) -> added."""
+    """Takes the gradient of a weight out of a loop over time. Each y_t = added_t + x_t w^T costs a product
+    and an addition of the size of w in the backward pass; here the loop uses w detached and appends x_t to
+    the list `xs`, and one product over all t makes the gradient.
+
+    added (T, B, N), w (N, K) or one for each sound (B, N, K), x_t (B, K) -> added.
+    """
 
     @staticmethod
     def forward(ctx, added, w, xs):
@@ -172,7 +174,7 @@ class BLSTM(nn.Module):
             with torch.autocast("cuda", enabled=False):
                 forth, back = self.forth(x.float())[0], self.back(turned.float())[0]
         elif wide and len(x) >= 8 and self.training and torch.is_autocast_enabled("cpu"):
-            # oneDNN's backward pass in bfloat16 would add to the large gradient of a wide input at every frame
+            # oneDNN's backward pass in bfloat16 would add to a wide input's large gradient at every frame
             forth, back = unrolled(self.forth, x), unrolled(self.back, turned)
         else:
             forth, back = self.forth(x)[0], self.back(turned)[0]
@@ -279,8 +281,9 @@ class LAS(nn.Module):
             return F.linear(x, spoken, one.bias_ih + one.bias_hh).to(keys.dtype)
 
         fed = F.pad(targets, (1, -1), value=BOS).T  # (U, B)
-        weights = torch.cat([heard, one.weight_hh], 1), torch.cat([two.weight_ih, two.weight_hh], 1), keys, values.mT
-        weights, xs = [w.to(keys.dtype) for w in weights], [[] for _ in weights]
+        cells = torch.cat([heard, one.weight_hh], 1), torch.cat([two.weight_ih, two.weight_hh], 1)
+        weights = [w.to(keys.dtype) for w in (*cells, keys, values.mT)]
+        xs = [[] for _ in weights]
         added = speak(fed), two.bias_ih + two.bias_hh, bias, values.new_zeros(())
         added = [a.to(keys.dtype).expand(*fed.shape, w.shape[-2]) for a, w in zip(added, weights)]
         added = zip(*(WithWeight.apply(*parts).unbind() for parts in zip(added, weights, xs)))
