@@ -66,7 +66,6 @@ TABLE = {
         "predict": "eval --save pictures",
         "predicted": "pictures/hardest.png",
         "shape_flag": "--stem_stride 4",
-        "init_flag": "--loss arcface",
     },
 }
 NAMES = ["vae", "convnext_face", "fasterrcnn_mask", "las_asr", "transformer_mt"]

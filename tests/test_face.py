@@ -75,6 +75,20 @@ def test_block_equals_the_papers_formula():
     torch.testing.assert_close(block.gamma.grad, slow)
 
 
+@pytest.mark.parametrize("batch", [1, 5])
+def test_depthwise_gradients_equal_autograds(batch):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(6, 6, 7, padding=3, groups=6)
+    x = torch.randn(batch, 6, 9, 13).contiguous(memory_format=torch.channels_last).requires_grad_()
+    found, dy = [], torch.randn(batch, 6, 9, 13)
+    for y in (conv(x), face.depthwise(x, conv)):
+        found.append((y, *torch.autograd.grad(y, (x, conv.weight, conv.bias), dy)))
+    for plain, ours in zip(*found):
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert face.depthwise(x, conv).dtype == torch.bfloat16
+
+
 def test_stochastic_depth_keeps_the_expectation():
     torch.manual_seed(0)
     block, x = face.Block(4, drop_path=0.4, layer_scale=1.0), torch.randn(1, 4, 6, 6)
