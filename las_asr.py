@@ -169,7 +169,8 @@ class BLSTM(nn.Module):
 
     def forward(self, x, lengths):
         """(B, T, F), (B,) -> (B, T, 2 hidden), zero behind each sequence's end."""
-        turned, wide = reverse(x, lengths), x.shape[2] > 2 * self.forth.hidden_size
+        turned, hidden = reverse(x, lengths), self.forth.hidden_size
+        wide = hidden >= 512 and x.shape[2] > 2 * hidden
         if x.is_cuda:  # where autocast turns an LSTM into float16, whatever it is told, and gradients vanish
             with torch.autocast("cuda", enabled=False):
                 forth, back = self.forth(x.float())[0], self.back(turned.float())[0]
