@@ -78,6 +78,30 @@ def test_blstm_equals_a_packed_one():
     assert torch.allclose(mine(x, lengths), y, atol=1e-6)
 
 
+def test_the_unrolled_lstm_equals_the_fused_one():
+    lstm, x, found = nn.LSTM(5, 7, batch_first=True), torch.randn(4, 11, 5, requires_grad=True), []
+    for y in (lstm(x)[0], las.unrolled(lstm, x)):
+        found.append((y, *torch.autograd.grad(y.pow(2).sum(), [x, *lstm.parameters()])))
+    for fused, own in zip(*found):
+        assert torch.allclose(fused, own, atol=1e-5)
+
+
+def test_gradients_gathered_over_all_characters_equal_those_of_single_steps(model):
+    x, lengths = padded(sounds(37, 20, 8), 37)
+    targets = torch.randint(3, 12, (3, 5))
+    memory, _ = model.listen(x, lengths)
+    state, tokens, logits, found = model.start(3, "cpu"), torch.full((3,), las.BOS), [], []
+    for u in range(5):
+        y, state, _ = model.step(tokens, state, memory)
+        logits.append(y)
+        tokens = targets[:, u]
+    for y in (torch.stack(logits, 1), model(x, lengths, targets)[0]):
+        loss = nn.functional.cross_entropy(y.flatten(0, 1), targets.flatten())
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+    for one, all_ in zip(*found):
+        assert (one is None) == (all_ is None) and (one is None or torch.allclose(one, all_, atol=1e-5))
+
+
 def test_lengths_after_the_pyramid():
     for stack, layers in ((1, 1), (1, 3), (2, 1), (3, 2)):
         net = las.LAS(6, 12, 8, layers, 8, stack=stack)
