@@ -147,36 +147,6 @@ def test_attention_equals_multihead_attention():
     assert torch.allclose(mine.join(fused), mine(x, memory, mask), atol=1e-6)
 
 
-def test_the_loss_without_logits_equals_cross_entropy():
-    """More rows than are taken at a time, padding among them; value and both gradients, also under autocast."""
-    torch.manual_seed(0)
-    x, table = torch.randn(700, 32, requires_grad=True), (torch.randn(1000, 32) * 0.3).requires_grad_()
-    targets = torch.randint(0, 1000, (700,))
-    targets[::5] = mt.PAD
-    got, want = [], []
-    for smoothing in (0.0, 0.1):
-        for box, how in ((got, mt.SmoothedLoss.apply), (want, lambda x, table, y, s, pad: nn.functional.cross_entropy(
-                x @ table.T, y, ignore_index=pad, reduction="sum", label_smoothing=s))):
-            loss = how(x, table, targets, smoothing, mt.PAD)
-            box += [loss.detach(), *torch.autograd.grad(loss / 7, (x, table))]
-    for mine, theirs in zip(got, want):
-        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = mt.SmoothedLoss.apply(x, table, targets, 0.1, mt.PAD)
-    assert loss.item() == pytest.approx(want[3].item(), rel=1e-2)
-    for mine, theirs in zip(torch.autograd.grad(loss / 7, (x, table)), want[4:]):
-        assert (mine - theirs).norm() < 0.02 * theirs.norm()
-
-
-def test_the_model_gives_its_loss(model):
-    src, tgt = torch.randint(4, 30, (3, 7)), torch.randint(4, 30, (3, 9))
-    tgt[1, 4:] = mt.PAD
-    shifted = nn.functional.pad(tgt, (1, -1), value=mt.BOS)
-    expected = nn.functional.cross_entropy(model(src, shifted).flatten(0, 1), tgt.flatten(), ignore_index=mt.PAD,
-                                           reduction="sum", label_smoothing=0.1)
-    assert model(src, shifted, tgt, 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
-
-
 def test_dropout_keeps_the_expectation():
     torch.manual_seed(0)
     layer, x = mt.Dropout(0.3), torch.full((1000, 999), 2.0, requires_grad=True)
