@@ -370,12 +370,13 @@ def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
     b, k, device, steps = len(features), beam_size, features.device, memory[2].shape[1] + 1
     state, tokens = model.start(b * k, device), torch.full((b * k,), BOS, device=device)
     said = torch.full((b, k), -math.inf, device=device).index_fill(1, torch.tensor(0, device=device), 0.0)
-    ctc = CTCPrefixes(ctc_logits, memory[2].isfinite(), k) if ctc_weight else None
+    mask = memory[2].isfinite()  # (B, T'): what is heard, not padding
+    ctc = CTCPrefixes(ctc_logits, mask, k) if ctc_weight else None
     alive = torch.full((b, k, steps), PAD, device=device)
     done, done_scores = alive.clone(), torch.full((b, k), -math.inf, device=device)
     first = torch.arange(b, device=device)[:, None] * k
     over = first[:, 0] < 0  # (B,): done, so that batch mates that are not change nothing
-    limit = memory[2].isfinite().sum(1)[:, None, None]  # (B, 1, 1)
+    limit = mask.sum(1)[:, None, None]  # (B, 1, 1)
     for t in range(steps):
         logits, state, _ = model.step(tokens, state, memory)
         logits[:, [PAD, BOS]] = -math.inf
