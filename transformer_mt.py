@@ -88,7 +88,8 @@ class Config:
     vocab_size: int = 4000  # of the joint byte-pair encoding; less if the text holds less
     max_len: int = 100  # tokens of the longest sentence; longer ones are cut, with a warning
     epochs: int = 26  # length of the training
-    warmup: int = 400  # steps in which the learning rate rises
+    warmup: int = 300  # steps in which the learning rate rises
+    bpe_dropout: float = 0.1  # share of merges left out when a training sentence's words are spelled
     dropout: float = 0.25  # on embeddings and on what each sublayer adds
     label_smoothing: float = 0.1  # probability shared out over the vocabulary
     ema: float = 0.995  # decay of the weights' moving average, which is what is tested
@@ -99,7 +100,7 @@ class Config:
 # d_model, heads, layers, d_ff
 SIZES = {"tiny": (128, 4, 4, 256), "small": (256, 4, 3, 512), "base": (512, 8, 6, 2048)}
 PRESETS = {"demo": {"size": "tiny", "vocab_size": 300, "epochs": 7, "batch_size": 2500, "lr": 3e-3,
-                    "warmup": 200, "dropout": 0.1, "eval_every": 200, "ema": 0.99}}
+                    "warmup": 200, "dropout": 0.1, "bpe_dropout": 0.0, "eval_every": 200, "ema": 0.99}}
 MODES = {"train": "(default) train and test", "eval": "test a checkpoint, hypotheses as text",
          "translate": "[TEXT]: each sentence given, or each line of the standard input",
          "bench": "time the training step"}
@@ -506,48 +507,91 @@ def encode_text(sp, sentences, max_len):
     return [[*row[: max_len - 1], EOS] for row in ids]
 
 
+def respell(word, pieces, ids, p, rng):
+    """BPE-dropout (Provilkov et al., 2020, algorithm 1): a word, a tuple of ids, is spelled anew from its
+    characters, and in each turn each merge that would be possible is left out with probability p."""
+    parts = [c for i in word for c in ([pieces[i]] if i in (UNK, EOS) else pieces[i])]
+    while True:
+        pairs = map("".join, zip(parts, parts[1:]))
+        merges = [(ids[pair], at) for at, pair in enumerate(pairs) if pair in ids]
+        merges = [merge for merge, chance in zip(merges, rng.random(len(merges))) if chance >= p]
+        if not merges:
+            return [ids[part] for part in parts]
+        at = min(merges)[1]  # a byte-pair encoding's ids are in the order of its merges
+        parts[at : at + 2] = ["".join(parts[at : at + 2])]
+
+
+class Words:
+    """One side of a training set, rows of ids: its words, each of which is spelled in up to eight ways."""
+
+    def __init__(self, rows, sp, dropout, seed):
+        pieces, number, words, self.first = [sp.id_to_piece(i) for i in range(len(sp))], {}, [], []
+        starts = {EOS} | {i for i, piece in enumerate(pieces) if piece.startswith("\u2581")}
+        for row in rows:
+            self.first.append(len(words))  # the sentence's first word
+            cuts = [0, *(k for k in range(1, len(row)) if row[k] in starts), len(row)]
+            words += [number.setdefault(tuple(row[a:b]), len(number)) for a, b in zip(cuts, cuts[1:])]
+        self.words, self.ways = np.array(words), 8 if dropout else 1
+        ids, rng = {piece: i for i, piece in enumerate(pieces)}, np.random.default_rng(seed)
+        spelled = [respell(word, pieces, ids, dropout, rng) if dropout else word
+                   for word in number for _ in range(self.ways)]
+        self.flat, self.sizes = np.concatenate([np.array(s) for s in spelled]), np.array([*map(len, spelled)])
+        self.begin = np.cumsum(self.sizes) - self.sizes
+
+    def spell(self, rng):
+        """All sentences, each word in one of its ways: ids (n,), the begin of each sentence, its length."""
+        way = self.words * self.ways + rng.integers(self.ways, size=len(self.words))
+        sizes = self.sizes[way]
+        ends = np.cumsum(sizes)
+        flat = self.flat[np.repeat(self.begin[way] - ends + sizes, sizes) + np.arange(ends[-1])]
+        begin = (ends - sizes)[self.first]
+        return flat, begin, np.diff(np.append(begin, len(flat)))
+
+
 class Batches:
-    """The pairs of a training set on the device, in batches of about `budget` target tokens.
+    """The pairs of a training set on the device, in batches of about cfg.batch_size target tokens.
 
     Sorted by target and source length, a batch holds hardly any padding. Pairs of the same two lengths are
-    shuffled anew in each epoch, and so is the order of the batches; where they are cut never changes.
+    shuffled anew in each epoch, and so is the order of the batches; where they are cut never changes. With
+    BPE-dropout the words are spelled anew too, and a batch holds some tokens more.
     """
 
-    def __init__(self, src, tgt, budget, device):
-        self.lengths = np.array([[len(t), len(s)] for s, t in zip(src, tgt)])
-        self.sorted = self.lengths[np.lexsort(self.lengths.T[::-1])]
-        starts = [0]
-        for i, (length, _) in enumerate(self.sorted):
-            if (i + 1 - starts[-1]) * length > budget and i > starts[-1]:
+    def __init__(self, src, tgt, sp, cfg, device):
+        self.sides = [Words(rows, sp, cfg.bpe_dropout, seed_for(cfg.seed, i))
+                      for i, rows in enumerate([src, tgt])]
+        self.device, lengths, starts = device, sorted(map(len, tgt)), [0]
+        self.tokens = sum(lengths)  # of the target, as without dropout
+        for i, length in enumerate(lengths):
+            if (i + 1 - starts[-1]) * length > cfg.batch_size and i > starts[-1]:
                 starts.append(i)
         self.cuts = list(zip(starts, [*starts[1:], len(src)]))
-        self.flat = [torch.tensor(sum(side, []), dtype=torch.int32, device=device) for side in (src, tgt)]
-        self.begin = [torch.tensor(np.cumsum([0, *map(len, side[:-1])])).to(device) for side in (src, tgt)]
-        self.tokens = [int(self.sorted[a:b, 0].sum()) for a, b in self.cuts]  # target tokens of each batch
 
     @functools.lru_cache(1)
-    def order(self, seed, epoch):
-        """(pairs in sorted order on the device, batches in the order of this epoch)."""
+    def epoch(self, seed, epoch):
+        """The batches in this epoch's order; for each side all ids and where the sorted pairs begin in them,
+        both on the device, and the sorted pairs' lengths."""
         rng = np.random.default_rng(seed_for(seed, epoch))
-        shuffled = rng.permutation(len(self.lengths))
-        shuffled = shuffled[np.lexsort(self.lengths[shuffled].T[::-1])]
-        return torch.from_numpy(shuffled).to(self.flat[0].device), rng.permutation(len(self.cuts)).tolist()
+        spelled = [side.spell(rng) for side in self.sides]
+        pairs = rng.permutation(self.cuts[-1][1])
+        pairs = pairs[np.lexsort([lengths[pairs] for *_, lengths in spelled])]
+        order = rng.permutation(len(self.cuts)).tolist()
+        return order, [(torch.from_numpy(flat).to(self.device),
+                        torch.from_numpy(begin[pairs]).to(self.device), lengths[pairs])
+                       for flat, begin, lengths in spelled]
 
     def get(self, seed, step):
         """This rank's share of the batch of a step, which counts from 1: ids (B, S), (B, T), and the number
         of target tokens in the whole batch."""
         epoch, place = divmod(step - 1, len(self.cuts))
-        pairs, batches = self.order(seed, epoch)
-        a, b = self.cuts[number := batches[place]]
-        widths = self.sorted[a:b, 1].max(), self.sorted[a:b, 0].max()
-        chosen = pairs[a + RANK : b : WORLD]
-        sides = []
-        for flat, begin, width in zip(self.flat, self.begin, widths):
-            at = begin[chosen][:, None] + torch.arange(int(width), device=begin.device)
-            ids = flat[at.clamp(max=len(flat) - 1)].long()
+        order, spelled = self.epoch(seed, epoch)
+        (a, b), sides = self.cuts[order[place]], []
+        for flat, begin, lengths in spelled:
+            width = min(int(lengths[a:b].max()), 1024)
+            at = begin[a + RANK : b : WORLD, None] + torch.arange(width, device=self.device)
+            ids = flat[at.clamp(max=len(flat) - 1)]
             after = (ids == EOS).cumsum(1) - (ids == EOS).long()  # 0 up to the sentence's own EOS
             sides.append(ids.masked_fill(after > 0, PAD))
-        return *sides, self.tokens[number]
+        return *sides, int(lengths[a:b].sum())
 
 
 # METRICS ----------------------------------------------------------------------------------------------------
@@ -1058,9 +1102,9 @@ def main(argv=None):
     old = ckpt or (load_checkpoint(cfg.init) if cfg.init else {})  # weights and vocabulary belong together
     vocabulary = old["vocabulary"] if old else train_vocabulary(sum(data["train"], []), cfg)
     sp = tokenizer(vocabulary)
-    batches = Batches(*(encode_text(sp, side, cfg.max_len) for side in data["train"]), cfg.batch_size, device)
+    batches = Batches(*(encode_text(sp, side, cfg.max_len) for side in data["train"]), sp, cfg, device)
     schedule = len(batches.cuts) * cfg.epochs
-    total, count = min(cfg.max_steps or schedule, schedule), round(sum(batches.tokens) / len(batches.cuts))
+    total, count = min(cfg.max_steps or schedule, schedule), round(batches.tokens / len(batches.cuts))
     say(f"pairs: {len(data['train'][0]):,}; vocabulary: {len(sp):,}; steps: {total:,} of {count:,} tokens")
 
     torch.manual_seed(cfg.seed)
@@ -1070,9 +1114,12 @@ def main(argv=None):
         load_weights(raw, old["model"], cfg.init, strict=bool(ckpt))
         average.module.load_state_dict(ckpt.get("average", raw.state_dict()))
         average.n_averaged += run.step
-    optimizer = torch.optim.Adam(raw.parameters(), cfg.lr, (0.9, 0.98), 1e-9, fused=True)
-    if ckpt:
-        optimizer.load_state_dict(ckpt["optimizer"])
+    matrices = [p for name, p in raw.named_parameters() if p.dim() == 2 and "embedding" not in name]
+    others = [p for name, p in raw.named_parameters() if p.dim() == 1 or "embedding" in name]
+    optimizers = [torch.optim.Muon(matrices, cfg.lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.Adam(others, cfg.lr, (0.9, 0.98), 1e-9, fused=True)]
+    for optimizer, state in zip(optimizers, ckpt["optimizers"] if ckpt else ()):
+        optimizer.load_state_dict(state)
     on_cuda = device.type == "cuda" and sys.platform == "linux"
     if mode == "train" and (cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)):
         raw.compile()  # in place, so that its weights keep their names
@@ -1085,16 +1132,17 @@ def main(argv=None):
     def update(step, batch):
         """One optimizer step; -> the parts of the loss."""
         src, tgt, tokens = batch
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step, schedule)
+        for optimizer, factor in zip(optimizers, (2, 1)):
+            optimizer.param_groups[0]["lr"] = factor * learning_rate(cfg, step, schedule)
         raw.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             logits = model(src, F.pad(tgt, (1, -1), value=BOS))  # shifted right
             loss = F.cross_entropy(logits.flatten(0, 1), tgt.flatten(), ignore_index=PAD, reduction="sum",
                                    label_smoothing=cfg.label_smoothing) * WORLD / tokens
-        optimizer.zero_grad(set_to_none=True)
+        raw.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         average.update_parameters(raw)
         return {"loss": loss}
 
@@ -1112,7 +1160,7 @@ def main(argv=None):
                 run.save("best.pt", model=average.module.state_dict(), vocabulary=vocabulary)
         if save:
             run.save("last.pt", model=raw.state_dict(), average=average.module.state_dict(),
-                     optimizer=optimizer.state_dict(), vocabulary=vocabulary)
+                     optimizers=[o.state_dict() for o in optimizers], vocabulary=vocabulary)
         if run.stop:
             command = f"python transformer_mt.py --data {cfg.data} --out {run.folder} --resume"
             return say(f"stopped at step {step}; to continue: {command}")
