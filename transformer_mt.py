@@ -23,7 +23,8 @@ Measured on one thread of a 2-core cloud machine, no GPU, other work beside it; 
 Paper: Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762. BLEU: Papineni et al., 2002, as in
 Post, "A Call for Clarity in Reporting BLEU Scores", 2018; chrF: Popovic, 2015. Data: Elliott et al.,
 "Multi30K", 2016, arXiv 1605.00459. Small models for it: Wu et al., "Good for Misconceived Reasons", 2021,
-arXiv 2105.14462.
+arXiv 2105.14462. Muon: Jordan et al., 2024; Liu et al., "Muon is Scalable for LLM Training", 2025, arXiv
+2502.16982, whose scale of the update it has here.
 """
 # /// script
 # requires-python = ">=3.10"
@@ -75,7 +76,7 @@ class Config:
     compile: str = "auto"  # auto|on|off torch.compile; auto: on for CUDA on Linux
     seed: int = 0  # of weights, order and noise
     batch_size: int = 2000  # target tokens per step, padding included, over all processes
-    lr: float = 2e-3  # peak learning rate
+    lr: float = 2e-3  # peak learning rate of Adam; Muon has twice that
     max_steps: int = 0  # end the run after this many steps; 0: after the whole schedule
     max_minutes: float = 0.0  # save and stop after this time; 0: never
     eval_every: int = 750  # steps between validations
@@ -85,11 +86,10 @@ class Config:
     train_src: str = ""  # text file to translate from, one sentence a line; the last ones validate and test
     train_tgt: str = ""  # its translation, line by line
     size: str = "small"  # tiny|small|base 4 layers of 128, FFN 256; 3 of 256, 512; the paper's 6 of 512, 2048
-    vocab_size: int = 4000  # of the joint byte-pair encoding; less if the text holds less
+    vocab_size: int = 6000  # of the joint byte-pair encoding; less if the text holds less
     max_len: int = 100  # tokens of the longest sentence; longer ones are cut, with a warning
-    epochs: int = 26  # length of the training
+    epochs: int = 22  # length of the training
     warmup: int = 300  # steps in which the learning rate rises
-    bpe_dropout: float = 0.1  # share of merges left out when a training sentence's words are spelled
     dropout: float = 0.25  # on embeddings and on what each sublayer adds
     label_smoothing: float = 0.1  # probability shared out over the vocabulary
     ema: float = 0.995  # decay of the weights' moving average, which is what is tested
@@ -100,7 +100,7 @@ class Config:
 # d_model, heads, layers, d_ff
 SIZES = {"tiny": (128, 4, 4, 256), "small": (256, 4, 3, 512), "base": (512, 8, 6, 2048)}
 PRESETS = {"demo": {"size": "tiny", "vocab_size": 300, "epochs": 7, "batch_size": 2500, "lr": 3e-3,
-                    "warmup": 200, "dropout": 0.1, "bpe_dropout": 0.0, "eval_every": 200, "ema": 0.99}}
+                    "warmup": 200, "dropout": 0.1, "eval_every": 200, "ema": 0.99}}
 MODES = {"train": "(default) train and test", "eval": "test a checkpoint, hypotheses as text",
          "translate": "[TEXT]: each sentence given, or each line of the standard input",
          "bench": "time the training step"}
@@ -507,91 +507,48 @@ def encode_text(sp, sentences, max_len):
     return [[*row[: max_len - 1], EOS] for row in ids]
 
 
-def respell(word, pieces, ids, p, rng):
-    """BPE-dropout (Provilkov et al., 2020, algorithm 1): a word, a tuple of ids, is spelled anew from its
-    characters, and in each turn each merge that would be possible is left out with probability p."""
-    parts = [c for i in word for c in ([pieces[i]] if i in (UNK, EOS) else pieces[i])]
-    while True:
-        pairs = map("".join, zip(parts, parts[1:]))
-        merges = [(ids[pair], at) for at, pair in enumerate(pairs) if pair in ids]
-        merges = [merge for merge, chance in zip(merges, rng.random(len(merges))) if chance >= p]
-        if not merges:
-            return [ids[part] for part in parts]
-        at = min(merges)[1]  # a byte-pair encoding's ids are in the order of its merges
-        parts[at : at + 2] = ["".join(parts[at : at + 2])]
-
-
-class Words:
-    """One side of a training set, rows of ids: its words, each of which is spelled in up to eight ways."""
-
-    def __init__(self, rows, sp, dropout, seed):
-        pieces, number, words, self.first = [sp.id_to_piece(i) for i in range(len(sp))], {}, [], []
-        starts = {EOS} | {i for i, piece in enumerate(pieces) if piece.startswith("\u2581")}
-        for row in rows:
-            self.first.append(len(words))  # the sentence's first word
-            cuts = [0, *(k for k in range(1, len(row)) if row[k] in starts), len(row)]
-            words += [number.setdefault(tuple(row[a:b]), len(number)) for a, b in zip(cuts, cuts[1:])]
-        self.words, self.ways = np.array(words), 8 if dropout else 1
-        ids, rng = {piece: i for i, piece in enumerate(pieces)}, np.random.default_rng(seed)
-        spelled = [respell(word, pieces, ids, dropout, rng) if dropout else word
-                   for word in number for _ in range(self.ways)]
-        self.flat, self.sizes = np.concatenate([np.array(s) for s in spelled]), np.array([*map(len, spelled)])
-        self.begin = np.cumsum(self.sizes) - self.sizes
-
-    def spell(self, rng):
-        """All sentences, each word in one of its ways: ids (n,), the begin of each sentence, its length."""
-        way = self.words * self.ways + rng.integers(self.ways, size=len(self.words))
-        sizes = self.sizes[way]
-        ends = np.cumsum(sizes)
-        flat = self.flat[np.repeat(self.begin[way] - ends + sizes, sizes) + np.arange(ends[-1])]
-        begin = (ends - sizes)[self.first]
-        return flat, begin, np.diff(np.append(begin, len(flat)))
-
-
 class Batches:
-    """The pairs of a training set on the device, in batches of about cfg.batch_size target tokens.
+    """The pairs of a training set on the device, in batches of about `budget` target tokens.
 
     Sorted by target and source length, a batch holds hardly any padding. Pairs of the same two lengths are
-    shuffled anew in each epoch, and so is the order of the batches; where they are cut never changes. With
-    BPE-dropout the words are spelled anew too, and a batch holds some tokens more.
+    shuffled anew in each epoch, and so is the order of the batches; where they are cut never changes.
     """
 
-    def __init__(self, src, tgt, sp, cfg, device):
-        self.sides = [Words(rows, sp, cfg.bpe_dropout, seed_for(cfg.seed, i))
-                      for i, rows in enumerate([src, tgt])]
-        self.device, lengths, starts = device, sorted(map(len, tgt)), [0]
-        self.tokens = sum(lengths)  # of the target, as without dropout
-        for i, length in enumerate(lengths):
-            if (i + 1 - starts[-1]) * length > cfg.batch_size and i > starts[-1]:
+    def __init__(self, src, tgt, budget, device):
+        self.lengths = np.array([[len(t), len(s)] for s, t in zip(src, tgt)])
+        self.sorted = self.lengths[np.lexsort(self.lengths.T[::-1])]
+        starts = [0]
+        for i, (length, _) in enumerate(self.sorted):
+            if (i + 1 - starts[-1]) * length > budget and i > starts[-1]:
                 starts.append(i)
         self.cuts = list(zip(starts, [*starts[1:], len(src)]))
+        self.flat = [torch.tensor(sum(side, []), dtype=torch.int32, device=device) for side in (src, tgt)]
+        self.begin = [torch.tensor(np.cumsum([0, *map(len, side[:-1])])).to(device) for side in (src, tgt)]
+        self.tokens = [int(self.sorted[a:b, 0].sum()) for a, b in self.cuts]  # target tokens of each batch
 
     @functools.lru_cache(1)
-    def epoch(self, seed, epoch):
-        """The batches in this epoch's order; for each side all ids and where the sorted pairs begin in them,
-        both on the device, and the sorted pairs' lengths."""
+    def order(self, seed, epoch):
+        """(pairs in sorted order on the device, batches in the order of this epoch)."""
         rng = np.random.default_rng(seed_for(seed, epoch))
-        spelled = [side.spell(rng) for side in self.sides]
-        pairs = rng.permutation(self.cuts[-1][1])
-        pairs = pairs[np.lexsort([lengths[pairs] for *_, lengths in spelled])]
-        order = rng.permutation(len(self.cuts)).tolist()
-        return order, [(torch.from_numpy(flat).to(self.device),
-                        torch.from_numpy(begin[pairs]).to(self.device), lengths[pairs])
-                       for flat, begin, lengths in spelled]
+        shuffled = rng.permutation(len(self.lengths))
+        shuffled = shuffled[np.lexsort(self.lengths[shuffled].T[::-1])]
+        return torch.from_numpy(shuffled).to(self.flat[0].device), rng.permutation(len(self.cuts)).tolist()
 
     def get(self, seed, step):
         """This rank's share of the batch of a step, which counts from 1: ids (B, S), (B, T), and the number
         of target tokens in the whole batch."""
         epoch, place = divmod(step - 1, len(self.cuts))
-        order, spelled = self.epoch(seed, epoch)
-        (a, b), sides = self.cuts[order[place]], []
-        for flat, begin, lengths in spelled:
-            width = min(int(lengths[a:b].max()), 1024)
-            at = begin[a + RANK : b : WORLD, None] + torch.arange(width, device=self.device)
-            ids = flat[at.clamp(max=len(flat) - 1)]
+        pairs, batches = self.order(seed, epoch)
+        a, b = self.cuts[number := batches[place]]
+        widths = self.sorted[a:b, 1].max(), self.sorted[a:b, 0].max()
+        chosen = pairs[a + RANK : b : WORLD]
+        sides = []
+        for flat, begin, width in zip(self.flat, self.begin, widths):
+            at = begin[chosen][:, None] + torch.arange(int(width), device=begin.device)
+            ids = flat[at.clamp(max=len(flat) - 1)].long()
             after = (ids == EOS).cumsum(1) - (ids == EOS).long()  # 0 up to the sentence's own EOS
             sides.append(ids.masked_fill(after > 0, PAD))
-        return *sides, int(lengths[a:b].sum())
+        return *sides, self.tokens[number]
 
 
 # METRICS ----------------------------------------------------------------------------------------------------
@@ -1102,9 +1059,9 @@ def main(argv=None):
     old = ckpt or (load_checkpoint(cfg.init) if cfg.init else {})  # weights and vocabulary belong together
     vocabulary = old["vocabulary"] if old else train_vocabulary(sum(data["train"], []), cfg)
     sp = tokenizer(vocabulary)
-    batches = Batches(*(encode_text(sp, side, cfg.max_len) for side in data["train"]), sp, cfg, device)
+    batches = Batches(*(encode_text(sp, side, cfg.max_len) for side in data["train"]), cfg.batch_size, device)
     schedule = len(batches.cuts) * cfg.epochs
-    total, count = min(cfg.max_steps or schedule, schedule), round(batches.tokens / len(batches.cuts))
+    total, count = min(cfg.max_steps or schedule, schedule), round(sum(batches.tokens) / len(batches.cuts))
     say(f"pairs: {len(data['train'][0]):,}; vocabulary: {len(sp):,}; steps: {total:,} of {count:,} tokens")
 
     torch.manual_seed(cfg.seed)
@@ -1114,6 +1071,7 @@ def main(argv=None):
         load_weights(raw, old["model"], cfg.init, strict=bool(ckpt))
         average.module.load_state_dict(ckpt.get("average", raw.state_dict()))
         average.n_averaged += run.step
+    # Muon makes a matrix's update orthogonal: 500 steps of it do what 750 of Adam do, in the same time each.
     matrices = [p for name, p in raw.named_parameters() if p.dim() == 2 and "embedding" not in name]
     others = [p for name, p in raw.named_parameters() if p.dim() == 1 or "embedding" in name]
     optimizers = [torch.optim.Muon(matrices, cfg.lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
