@@ -964,7 +964,8 @@ def merge(ckpt, flags, path, fixed):
     for name in sorted(fixed & set(flags)):
         if flags[name] != (saved := ckpt["config"].get(name)):
             raise UserError(f"--{name} {flags[name]}: {path} was made with {saved}; leave it, or start anew")
-    return Config(**ckpt["config"] | flags)
+    known = {f.name for f in dataclasses.fields(Config)}  # an older version of the script may have had more
+    return Config(**{k: v for k, v in ckpt["config"].items() if k in known} | flags)
 
 
 def open_checkpoint(flags):

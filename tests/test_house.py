@@ -1,6 +1,7 @@
 """What all five scripts promise alike. A script joins by its name and its line in conftest.TABLE."""
 import ast
 import difflib
+import importlib
 import inspect
 import json
 import re
@@ -270,3 +271,9 @@ def test_bench_prints_one_json_line(name, tmp_path, call, monkeypatch):
     figures = json.loads(out.splitlines()[-1])
     assert status == 0 and figures["eager"]["items/s"] > 0 and 0 <= figures["compiled"]["data_share"] <= 1
     assert not list(tmp_path.glob("out/*"))
+
+
+@each_script
+def test_a_checkpoint_of_another_version_still_loads(name):
+    module = importlib.import_module(name)
+    assert module.merge({"config": {"lr": 0.5, "gone": 1}}, {"seed": 3}, "best.pt", set()) == module.Config(lr=0.5, seed=3)
