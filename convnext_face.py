@@ -90,6 +90,7 @@ class Config:
     drop_path: float = 0.1  # stochastic depth: chance of skipping the last block, less before it
     augment: float = 0.6  # strength of the changes made to training images; 0: none
     loss: str = "center"  # softmax|center|arcface cross-entropy of cosines; with center loss; with a margin
+    optimizer: str = "adamw"  # adamw|muon the paper's; or Muon for the matrices, which is for small networks
     center_weight: float = 0.003  # weight of the center loss, the paper's lambda
     ema: float = 0.998  # decay of the average of the weights, which is what is tested and kept
     pairs: str = ""  # `eval`: a file of pairs in LFW's form, such as pairsDevTest.txt or pairs.txt
@@ -97,8 +98,8 @@ class Config:
     json: bool = False  # `verify` and `identify` print JSON lines
 
 
-PRESETS = {"hw2p2": {},
-           "demo": {"size": "mini", "batch_size": 64, "lr": 3e-3, "epochs": 20, "ema": 0.99, "augment": 0.3,
+PRESETS = {"hw2p2": {"optimizer": "muon", "epochs": 100},
+           "demo": {"optimizer": "muon", "size": "mini", "batch_size": 64, "lr": 3e-3, "epochs": 20, "ema": 0.99, "augment": 0.3,
                     "warmup": 100, "eval_every": 200},
            "hw2p2-full": {"size": "tiny", "image_size": 224, "stem_stride": 4, "batch_size": 512, "lr": 1e-3,
                           "epochs": 60, "warmup": 2000, "drop_path": 0.2, "ema": 0.9999, "eval_every": 2000,
@@ -535,7 +536,8 @@ def augment(x, strength):
     if not strength:
         return x
     flip = torch.where(torch.rand(len(x), device=x.device) < 0.5, -1.0, 1.0)
-    angle, zoom, squeeze = draw(0.26), draw(0.15).exp(), draw(0.08).exp()
+    angle, squeeze = draw(0.26), draw(0.08).exp()
+    zoom = (strength * (0.15 - 1.15 * torch.rand(len(x), device=x.device))).exp()  # mostly into the picture
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     rows = torch.stack([flip * cos * squeeze, -sin, draw(0.12), flip * sin * squeeze, cos, draw(0.12)], 1)
     grid = F.affine_grid(rows.view(-1, 2, 3), x.shape, align_corners=False)
@@ -1181,12 +1183,18 @@ def main(argv=None):
         load_weights(raw, ckpt["model"] if ckpt else initial_weights(cfg), cfg.init, strict=bool(ckpt))
         average.module.load_state_dict(ckpt.get("average", raw.state_dict()))
         average.n_averaged += run.step
-    groups = [{"params": [p for p in raw.parameters() if (p.dim() >= 2) == wide], "weight_decay": 0.05 * wide}
+    blocks = [m for m in raw.modules() if isinstance(m, Block)] if cfg.optimizer == "muon" else []
+    matrices = [weight for block in blocks for weight in (block.expand.weight, block.reduce.weight)]
+    rest = [p for p in raw.parameters() if all(p is not m for m in matrices)]
+    groups = [{"params": [p for p in rest if (p.dim() >= 2) == wide], "weight_decay": 0.05 * wide}
               for wide in (True, False)]  # biases, norms and gammas do not decay
-    optimizer = torch.optim.AdamW(groups, cfg.lr, fused=True)
+    optimizers = [torch.optim.AdamW(groups, cfg.lr, fused=True)]
+    if matrices:  # an update of Muon costs the same at any batch: little beside a small network, much for Tiny
+        optimizers += [torch.optim.Muon(matrices, cfg.lr, 0.05, adjust_lr_fn="match_rms_adamw")]
     if ckpt:
-        optimizer.load_state_dict(ckpt["optimizer"])
         centers.load_state_dict(ckpt["centers"])
+    for optimizer, state in zip(optimizers, ckpt["optimizers"] if ckpt else ()):
+        optimizer.load_state_dict(state)
     on_cuda = device.type == "cuda" and sys.platform == "linux"
     if mode == "train" and (cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)):
         raw.compile()  # in place, so that its weights keep their names
@@ -1207,7 +1215,7 @@ def main(argv=None):
     def update(step, batch):
         """One optimizer step; -> the parts of the loss."""
         x, y = batch
-        for group in optimizer.param_groups:
+        for group in sum((optimizer.param_groups for optimizer in optimizers), []):
             group["lr"] = learning_rate(cfg, step, schedule)
         raw.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
@@ -1218,9 +1226,10 @@ def main(argv=None):
         if cfg.loss == "center":
             center = centers(features, y, "sum") * WORLD / size
             losses = {"loss": loss + cfg.center_weight * center, "entropy": loss, "center": center}
-        optimizer.zero_grad(set_to_none=True)
+        raw.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if cfg.loss == "center":
             centers.update(features.detach(), y)
         average.update_parameters(raw)
@@ -1241,7 +1250,8 @@ def main(argv=None):
                          threshold=threshold)
         if save:
             run.save("last.pt", model=raw.state_dict(), average=average.module.state_dict(),
-                     centers=centers.state_dict(), optimizer=optimizer.state_dict(), classes=data["classes"])
+                     centers=centers.state_dict(), classes=data["classes"],
+                     optimizers=[o.state_dict() for o in optimizers])
         if run.stop:
             command = f"python convnext_face.py --data {cfg.data} --out {run.folder} --resume"
             return say(f"stopped at step {step}; to continue: {command}")

@@ -13,7 +13,7 @@ Measured on one thread of a 2-core cloud machine, no GPU, other work beside it; 
 
     --data demo     0.0 % character errors (CER) in unseen sentences by unseen speakers; 1.2 minutes
     --data hw4p2    CMU AN4, 50 minutes to learn from: 5.0 % CER, 10.0 % word errors on dev-clean; 27 minutes
-    --data speech   6 hours of read English, half of it of learners: 38.5 % CER, 70.1 % word errors; 73 minutes
+    --data speech   6 hours, natives and learners, 80 log-mels: 38.5 % CER, 70.1 % word errors; 73 minutes
 
 The preset for LibriSpeech's 100 hours has not been run whole. The literature's figures to aim at there: a
 mean Levenshtein distance below 8.2 on dev-clean, and 4.2 % CER.

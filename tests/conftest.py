@@ -20,6 +20,9 @@ def a_sound(folder):
     soundfile.write(folder / "a.wav", np.random.default_rng(0).normal(size=16000) * 0.1, 16000)
 
 
+# Muon rounds to bfloat16, which gives the same twice, but not on two ranks.
+NO_ROUNDING = "import torch; torch.Tensor.bfloat16 = torch.Tensor.float"
+
 # Per script: flags that make its demo tiny; flags and a patch that take all noise out of its training; a prediction,
 # and what makes its input.
 TABLE = {
@@ -44,7 +47,7 @@ TABLE = {
     "transformer_mt": {
         "tiny": "--vocab_size 120 --batch_size 400 --beam_size 2 --max_len 20",
         "noise_off": "--dropout 0",
-        "patch": "import torch; torch.Tensor.bfloat16 = torch.Tensor.float  # Muon rounds so: the same twice, not on two ranks",
+        "patch": NO_ROUNDING,
         "predict": "translate --save pictures Hello",
         "predicted": "pictures/attention.png",
         "shape_flag": "--size base",
@@ -62,7 +65,7 @@ TABLE = {
     "convnext_face": {
         "tiny": "--image_size 16 --batch_size 16",
         "noise_off": "--drop_path 0 --augment 0",
-        "patch": "pass",
+        "patch": NO_ROUNDING,
         "predict": "eval --save pictures",
         "predicted": "pictures/hardest.png",
         "shape_flag": "--stem_stride 4",

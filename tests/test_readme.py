@@ -2,12 +2,14 @@
 import importlib
 import json
 import re
+import statistics
 
 import pytest
 from conftest import ROOT, SCRIPTS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(\w+)\.py` \|.*\]\((docs/results/[\w.-]+)\) \|$", README, re.M)
+SEEDS = re.findall(r"^\| `(\w+)\.py` \| (\w+) \| ([\d.]+), ([\d.]+), ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|", README, re.M)
 
 
 @pytest.mark.parametrize("name, log", ROWS)
@@ -24,8 +26,21 @@ def test_figures_of_the_results_table_are_in_their_logs(name, log):
         assert any(f"{v:.{decimals}f}" == number for v in values), (number, values)
 
 
-def test_every_script_has_a_row():
-    assert {name for name, _ in ROWS} == set(SCRIPTS)
+@pytest.mark.parametrize("name, key, a, b, c, mean, spread", SEEDS)
+def test_three_seeds_are_in_their_logs(name, key, a, b, c, mean, spread):
+    values = []
+    for seed, figure in enumerate((a, b, c)):
+        lines = (ROOT / f"docs/results/{name}-demo-seed{seed}.jsonl").read_text(encoding="utf-8").splitlines()
+        last = json.loads(lines[-1])
+        assert last["split"] == "test"
+        values.append(abs(last[key]))
+        assert f"{values[-1]:.{len(figure.split('.')[1])}f}" == figure
+    for figure, value in ((mean, statistics.fmean(values)), (spread, statistics.stdev(values))):
+        assert f"{value:.{len(figure.split('.')[1])}f}" == figure
+
+
+def test_every_script_has_its_rows():
+    assert {name for name, _ in ROWS} == {name for name, *_ in SEEDS} == set(SCRIPTS)
 
 
 def test_links_lead_somewhere():
