@@ -10,11 +10,11 @@
     python fasterrcnn_mask.py eval                        # of the newest out/fasterrcnn_mask-*/best.pt
     python fasterrcnn_mask.py detect photo.jpg folder --save found --json
 
-Measured on one thread of a 2-core cloud machine, no GPU, one run each, seed 0; but for the demo other work
-was busy beside it. The demo: 0.967 mAP50, 0.785 mAP on held-out scenes in 1.7 minutes.
-MobileNetV3 from scratch on 759 of the 853 images of face-mask-detection, 531 to train on: 0.395 mAP50 and
-0.219 mAP on 114 test images in 74 minutes; AP50 0.669 with a mask, 0.263 without, 0.253 badly worn.
-Fine-tuning has not been measured, for want of COCO weights there.
+Measured on one thread of a 2-core cloud machine, no GPU, other work beside it. The demo: 0.972 mAP50 and
+0.800 mAP on held-out scenes, the mean of three seeds, in 3.5 minutes. face-mask-detection, 759 of its 853
+images, 531 of them to train on, MobileNetV3 from scratch, one run, seed 0: 0.395 mAP50 and 0.219 mAP on 114
+test images in 74 minutes; AP50 0.669 with a mask, 0.263 without, 0.253 badly worn. Fine-tuning has not been
+measured, for want of COCO weights there.
 
 Paper: Ren et al., "Faster R-CNN", 2015, arXiv 1506.01497, on a feature pyramid: Lin et al., 2017, arXiv
 1612.03144. From scratch, with group normalisation: He et al., "Rethinking ImageNet Pre-training", 2018, arXiv
@@ -95,7 +95,7 @@ class Config:
 
 
 PRESETS = {"demo": {"backbone": "mobilenet", "weights": "none", "image_size": 128, "batch_size": 4,
-                    "epochs": 5, "lr": 0.02, "warmup": 50, "augment": 0.3, "oversample": 1,
+                    "epochs": 7, "lr": 0.01, "warmup": 50, "augment": 0.3, "oversample": 1,
                     "eval_every": 175}}
 SCRATCH = {"lr": 0.01, "image_size": 400, "epochs": 20, "batch_size": 4}  # with --weights none, unless typed
 MODES = {"train": "(default) train and test", "eval": "test a checkpoint, detections as COCO JSON",
