@@ -302,7 +302,7 @@ def face(flags, rounds, steps):
     from torchvision.transforms import v2
     import torchvision
     flags = ["--size", "tiny", "--stem_stride", "4", "--image_size", "112", "--batch_size", "16", "--ema", "0",
-             "--optimizer", "adamw", *flags]
+             *flags]
     module, box = captured("convnext_face", flags)
     cfg, device, plain_build = box["run"].cfg, box["run"].device, module.build
     sides = {"ours": box}
