@@ -30,6 +30,7 @@ binarised at random in training and once for testing; 50,000 / 10,000 / 10,000 i
 # ///
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gzip
@@ -585,6 +586,11 @@ def pick_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
         torch.set_float32_matmul_precision("high")  # TF32
+    if device.type == "cpu" and sys.platform == "linux":  # glibc would give the memory of each large tensor
+        with contextlib.suppress(AttributeError):  # back to the system, and take it again page by page
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: none of it apart from the heap
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is kept
     if WORLD > 1:  # workers that torchrun restarts must not find the addresses of those before in its store
         store, env = next(dist.rendezvous("env://"))[0], os.environ.get
         attempt = env("TORCHELASTIC_RESTART_COUNT", "") if env("LOCAL_WORLD_SIZE") == str(WORLD) else ""

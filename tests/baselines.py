@@ -1,9 +1,11 @@
 """The straightforward loop that each script's training step is compared with: `python tests/baselines.py vae`.
 
 Both sides run in this process on the same data, in turns, a round each; the median over the rounds of each side's
-time per step and their ratio are printed as one JSON line. Not run by pytest: a time is no test.
+time per step and their ratio are printed as one JSON line. Plain loops have glibc's own handling of memory, unless
+--keep_memory gives them that of the scripts. Not run by pytest: a time is no test.
 """
 import argparse
+import ctypes
 import importlib
 import json
 import pathlib
@@ -16,6 +18,15 @@ import torch.nn as nn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+PLAIN = {"plain loop", "nn.Transformer", "notebook", "reference loop"}  # sides that know nothing of mallopt
+
+
+def take_turn(name):
+    """Sets M_MMAP_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc as the side has them: a plain loop's are
+    those which glibc comes to by itself when large blocks have been freed."""
+    if sys.platform == "linux":
+        for option, value in zip((-4, -3, -1), (65536, 2**25, 2**26) if name in PLAIN else (0, 2**25, 2**31 - 1)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def captured(name, flags):
@@ -33,6 +44,7 @@ def alternate(sides, rounds, steps, device):
     times, step = {name: [] for name in sides}, 0
     for round_number in range(-1, rounds):
         for name, one_step in sides.items():
+            take_turn(name)
             start = time.perf_counter()
             for _ in range(steps if round_number >= 0 else 3):
                 step += 1
@@ -159,6 +171,7 @@ def mt(flags, rounds, steps):
     rates = {name: [] for name in sides}
     for number in range(rounds):
         for name, one_step in sides.items():
+            take_turn(name)
             start, before = time.perf_counter(), tokens[name]
             for step in range(steps):
                 one_step(2 + number * steps + step)
@@ -167,6 +180,7 @@ def mt(flags, rounds, steps):
             rates[name].append((tokens[name] - before) / (time.perf_counter() - start))
     rates = {name: statistics.median(values) for name, values in rates.items()}
 
+    take_turn("ours")
     model, src = box["raw"].eval(), fetch(3)[0][:32]
     seconds = {"cached": [], "uncached": []}
     for _ in range(3):
@@ -404,5 +418,7 @@ if __name__ == "__main__":
     parser.add_argument("name", choices=sides)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--keep_memory", action="store_true")
     known, rest = parser.parse_known_args()  # the rest are flags of the script
+    PLAIN -= PLAIN if known.keep_memory else set()
     sides[known.name](rest or ["--data", "demo"], known.rounds, known.steps)

@@ -43,6 +43,18 @@ def test_every_script_has_its_rows():
     assert {name for name, _ in ROWS} == {name for name, *_ in SEEDS} == set(SCRIPTS)
 
 
+def test_ratios_of_the_speed_table_are_in_their_log():
+    log = (ROOT / "docs/results/baselines.jsonl").read_text(encoding="utf-8").splitlines()
+    name, seen = "", set()
+    for row in re.findall(r"^\| (?:`(\w+)\.py`)? ?\| [^|]+ \| ([\d.]+) \| [\d.]+ \| ([\d.]*) ?\| .*\|$", README, re.M):
+        name = row[0] or name
+        seen.add(name)
+        for keep, ratio in ((False, row[1]), (True, row[2])):
+            found = [r for line in log if (r := json.loads(line))["script"] == name and r["keep_memory"] == keep]
+            assert not ratio or float(ratio) in found[0].values(), (name, ratio)
+    assert seen == set(SCRIPTS)
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
