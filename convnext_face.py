@@ -1137,7 +1137,8 @@ def bench(run, raw, fetch, update, count):
     wait = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
     with FlopCounterMode(display=False) as flops:
         update(1, fetch(1))
-    result = {"script": SCRIPT, "device": str(run.device), "dtype": run.cfg.dtype, "world": WORLD}
+    result = {"script": SCRIPT, "data": run.cfg.data, "device": str(run.device), "dtype": run.cfg.dtype,
+              "world": WORLD}
     for kind in ("eager", "compiled"):
         times = []
         for step in range(1, 37):  # the first compiles, five more warm up

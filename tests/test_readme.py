@@ -55,6 +55,13 @@ def test_ratios_of_the_speed_table_are_in_their_log():
     assert seen == set(SCRIPTS)
 
 
+def test_what_a_step_costs_is_in_its_log():
+    log = (ROOT / "docs/results/bench.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = re.findall(r"^\| `(\w+)\.py bench .*` \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
+    assert [(r["script"], *(f"{r[kind]['ms_per_step']:.1f}" for kind in ("eager", "compiled")))
+            for r in map(json.loads, log)] == rows and len(rows) == len(SCRIPTS)
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
