@@ -5,6 +5,7 @@ time per step and their ratio are printed as one JSON line. Plain loops have gli
 --keep_memory gives them that of the scripts. Not run by pytest: a time is no test.
 """
 import argparse
+import contextlib
 import ctypes
 import importlib
 import json
@@ -25,8 +26,9 @@ def take_turn(name):
     """Sets M_MMAP_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc as the side has them: a plain loop's are
     those which glibc comes to by itself when large blocks have been freed."""
     if sys.platform == "linux":
-        for option, value in zip((-4, -3, -1), (65536, 2**25, 2**26) if name in PLAIN else (0, 2**25, 2**31 - 1)):
-            ctypes.CDLL(None).mallopt(option, value)
+        with contextlib.suppress(AttributeError):  # glibc alone has it
+            for option, value in zip((-4, -3, -1), (65536, 2**25, 2**26) if name in PLAIN else (0, 2**25, 2**31 - 1)):
+                ctypes.CDLL(None).mallopt(option, value)
 
 
 def captured(name, flags):
@@ -58,7 +60,7 @@ def alternate(sides, rounds, steps, device):
 def report(name, seconds, ours, **more):
     line = {"script": name, **{f"{side} ms": round(1e3 * s, 2) for side, s in seconds.items()},
             **{f"ratio to {side}": round(s / seconds[ours], 2) for side, s in seconds.items() if side != ours}}
-    print(json.dumps(line | {"threads": torch.get_num_threads()} | more))
+    print(json.dumps(line | {"threads": torch.get_num_threads(), "keep_memory": not PLAIN} | more))
 
 
 def report_rates(name, rates, unit, **more):
@@ -66,7 +68,7 @@ def report_rates(name, rates, unit, **more):
     first, *others = rates
     line = {"script": name, **{f"{side} {unit}": round(rate, 2) for side, rate in rates.items()},
             **{f"ratio to {side}": round(rates[first] / rates[side], 2) for side in others}}
-    print(json.dumps(line | {"threads": torch.get_num_threads()} | more))
+    print(json.dumps(line | {"threads": torch.get_num_threads(), "keep_memory": not PLAIN} | more))
 
 
 def forever(loader):

@@ -12,13 +12,17 @@ ROWS = re.findall(r"^\| `(\w+)\.py` \|.*\]\((docs/results/[\w.-]+)\) \|$", READM
 SEEDS = re.findall(r"^\| `(\w+)\.py` \| (\w+) \| ([\d.]+), ([\d.]+), ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|", README, re.M)
 
 
+def records(log):
+    return [json.loads(line) for line in (ROOT / log).read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.mark.parametrize("name, log", ROWS)
 def test_figures_of_the_results_table_are_in_their_logs(name, log):
     row = next(line for line in README.splitlines() if log in line and line.startswith(f"| `{name}.py` |"))
     result = row.split(" | ")[2]
-    figures = [json.loads(line) for line in (ROOT / log).read_text(encoding="utf-8").splitlines()]
-    assert figures[-1]["split"] == "test"
-    values = [abs(v) for v in figures[-1].values() if isinstance(v, (int, float))]
+    last = records(log)[-1]
+    assert last["split"] == "test"
+    values = [abs(v) for v in last.values() if isinstance(v, (int, float))]
     numbers = re.findall(r"\d+\.\d+", result)
     assert numbers
     for number in numbers:
@@ -30,8 +34,7 @@ def test_figures_of_the_results_table_are_in_their_logs(name, log):
 def test_three_seeds_are_in_their_logs(name, key, a, b, c, mean, spread):
     values = []
     for seed, figure in enumerate((a, b, c)):
-        lines = (ROOT / f"docs/results/{name}-demo-seed{seed}.jsonl").read_text(encoding="utf-8").splitlines()
-        last = json.loads(lines[-1])
+        last = records(f"docs/results/{name}-demo-seed{seed}.jsonl")[-1]
         assert last["split"] == "test"
         values.append(abs(last[key]))
         assert f"{values[-1]:.{len(figure.split('.')[1])}f}" == figure
@@ -44,22 +47,33 @@ def test_every_script_has_its_rows():
 
 
 def test_ratios_of_the_speed_table_are_in_their_log():
-    log = (ROOT / "docs/results/baselines.jsonl").read_text(encoding="utf-8").splitlines()
+    log = {(r["script"], r["keep_memory"]): {v for k, v in r.items() if "ratio" in k}
+           for r in records("docs/results/baselines.jsonl")}
     name, seen = "", set()
     for row in re.findall(r"^\| (?:`(\w+)\.py`)? ?\| [^|]+ \| ([\d.]+) \| [\d.]+ \| ([\d.]*) ?\| .*\|$", README, re.M):
         name = row[0] or name
         seen.add(name)
         for keep, ratio in ((False, row[1]), (True, row[2])):
-            found = [r for line in log if (r := json.loads(line))["script"] == name and r["keep_memory"] == keep]
-            assert not ratio or float(ratio) in found[0].values(), (name, ratio)
+            assert not ratio or float(ratio) in log[name, keep], (name, ratio)
     assert seen == set(SCRIPTS)
 
 
 def test_what_a_step_costs_is_in_its_log():
-    log = (ROOT / "docs/results/bench.jsonl").read_text(encoding="utf-8").splitlines()
     rows = re.findall(r"^\| `(\w+)\.py bench .*` \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
     assert [(r["script"], *(f"{r[kind]['ms_per_step']:.1f}" for kind in ("eager", "compiled")))
-            for r in map(json.loads, log)] == rows and len(rows) == len(SCRIPTS)
+            for r in records("docs/results/bench.jsonl")] == rows and len(rows) == len(SCRIPTS)
+
+
+def test_one_and_two_processes_are_in_their_log():
+    text = (ROOT / "docs/SPEED.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)\.py` \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) s \| (\d+) s \|$", text, re.M)
+    log = {(r["script"], r["processes"]): r for r in records("docs/results/scale.jsonl")}
+    assert {name for name, *_ in rows} == set(SCRIPTS)
+    for name, steps, *figures in rows:
+        one, two = log[name, 1], log[name, 2]
+        assert int(steps) == one["step"] == two["step"]
+        assert figures == [f"{one['loss']:.3f}", f"{two['loss']:.3f}", f"{two['items/s'] / one['items/s']:.2f}",
+                           f"{one['seconds']:.0f}", f"{two['seconds']:.0f}"]
 
 
 def test_links_lead_somewhere():
