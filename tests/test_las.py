@@ -90,9 +90,9 @@ def test_gradients_gathered_over_all_characters_equal_those_of_single_steps(mode
     x, lengths = padded(sounds(37, 20, 8), 37)
     targets = torch.randint(3, 12, (3, 5))
     memory, _ = model.listen(x, lengths)
-    state, tokens, logits, found = model.start(3, "cpu"), torch.full((3,), las.BOS), [], []
+    state, tokens, logits, found = model.start(3, memory[2].shape[1], "cpu"), torch.full((3,), las.BOS), [], []
     for u in range(5):
-        y, state, _ = model.step(tokens, state, memory)
+        y, state = model.step(tokens, state, memory)
         logits.append(y)
         tokens = targets[:, u]
     for y in (torch.stack(logits, 1), model(x, lengths, targets)[0]):
@@ -139,15 +139,47 @@ def test_attention_sums_to_one_over_what_is_there(model):
         assert not attention[i, :, n:].any() and (attention[i, :, :n] > 0).all()
 
 
+@torch.no_grad()
+def test_attention_is_by_content_and_by_moves(model):
+    """Against sums written out in numpy, from the speller's state."""
+    x, lengths = padded(sounds(60, 40), 60)
+    heard, frames = model.listener(x, lengths)
+    memory, _ = model.listen(x, lengths)
+    state, tokens = model.start(2, heard.shape[1], "cpu"), torch.tensor([las.BOS, 5])
+    before = np.zeros(state[-1].shape)
+    before[:, 0] = 1
+    for _ in range(4):
+        _, state = model.step(tokens, state, memory)
+        query, moves = model.query(state[2]).numpy(), model.moves(state[2]).numpy()
+        key = model.key(heard).numpy()
+        for i, n in enumerate(frames.tolist()):
+            energies = [key[i, t] @ query[i] / 4 + sum(
+                before[i, s] * moves[i, las.REACH + s - t] for s in range(n) if abs(s - t) <= las.REACH) for t in range(n)]
+            expected = np.exp(energies) / np.exp(energies).sum()
+            assert np.allclose(state[-1][i, :n], expected, atol=1e-6) and not state[-1][i, n:].any()
+        before = state[-1].numpy().copy()
+
+
+@torch.no_grad()
+def test_moves_alone_make_a_diagonal():
+    net = las.LAS(6, 12, hidden=8, layers=1, speller=16).eval()
+    for layer in (net.query, net.moves):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    net.moves.bias[las.REACH - 2] = 50.0  # from two frames before
+    _, attention, _ = net(torch.randn(1, 40, 6), torch.tensor([40]), torch.full((1, 8), 5))
+    assert attention[0].argmax(-1).tolist() == [2, 4, 6, 8, 10, 12, 14, 16] and attention.max(-1)[0].min() > 0.99
+
+
 def slow_beam(model, x, k):
     """Beam search on one sound, in lists, until an end is as good as what goes on, by log p a character."""
     memory, _ = model.listen(x[None], torch.tensor([len(x)]))
-    beams, done, limit = [(0.0, [], model.start(1, "cpu"))], [], len(x) // 8
+    beams, done, limit = [(0.0, [], model.start(1, len(x) // 8, "cpu"))], [], len(x) // 8
     for t in range(limit + 1):
         options = []
         for score, prefix, state in beams:
             token = torch.tensor([prefix[-1] if prefix else las.BOS])
-            logits, after, _ = model.step(token, state, memory)
+            logits, after = model.step(token, state, memory)
             logits[:, [las.PAD, las.BOS]] = -math.inf
             log_p = logits[0].log_softmax(-1)
             for i in range(len(log_p)) if t < limit else [las.EOS]:
