@@ -19,9 +19,9 @@ The preset for LibriSpeech's 100 hours has not been run whole. The literature's 
 mean Levenshtein distance below 8.2 on dev-clean, and 4.2 % CER.
 
 Paper: Chan et al., "Listen, Attend and Spell", 2016, arXiv 1508.01211. Attention that knows where it was:
-Chorowski et al., 2015, arXiv 1506.07503; the auxiliary CTC loss: Kim et al., "Joint CTC-attention", 2017,
-arXiv 1609.06773; SpecAugment: Park et al., 2019, arXiv 1904.08779; speed perturbation: Ko et al., 2015.
-Data: Panayotov et al., "LibriSpeech", 2015 (CC BY 4.0).
+Chorowski et al., 2015, arXiv 1506.07503, and Battenberg et al., 2020, arXiv 1910.10288; the auxiliary CTC
+loss: Kim et al., "Joint CTC-attention", 2017, arXiv 1609.06773; SpecAugment: Park et al., 2019, arXiv
+1904.08779; speed perturbation: Ko et al., 2015. Data: Panayotov et al., "LibriSpeech", 2015 (CC BY 4.0).
 """
 # /// script
 # requires-python = ">=3.10"
@@ -82,7 +82,7 @@ class Config:
     stack: int = 2  # neighbouring frames joined before the first layer
     layers: int = 1  # pyramidal layers, each of which halves the frames
     speller: int = 256  # units of the decoder
-    dropout: float = 0.3  # locked dropout between the listener's layers, and on the decoder's input
+    dropout: float = 0.3  # dropout between the listener's layers (locked), and on the decoder's input
     ctc_weight: float = 0.3  # share of the CTC loss on the listener in the objective
     teacher: float = 0.9  # share of true characters fed to the speller at the end, falling from 1
     specaugment: float = 1.0  # strength of SpecAugment, 0: none
@@ -98,7 +98,7 @@ PRESETS = {
              "warmup": 100, "lr": 3e-3, "eval_every": 100, "log_every": 20},
     "speech": {"epochs": 4, "batch_size": 4000, "lr": 2e-3, "warmup": 200, "dropout": 0.1, "specaugment": 0.5,
                "ctc_weight": 0.5, "eval_every": 1000},
-    "librispeech": {"hidden": 512, "stack": 1, "layers": 3, "speller": 512, "batch_size": 96000, "epochs": 40,
+    "librispeech": {"hidden": 512, "stack": 1, "layers": 2, "speller": 512, "batch_size": 96000, "epochs": 40,
                     "warmup": 2000},
     "hw4p2": {"epochs": 24, "batch_size": 4000}}
 MODES = {"train": "(default) train and test", "eval": "test a checkpoint, hypotheses as TSV",
@@ -106,7 +106,7 @@ MODES = {"train": "(default) train and test", "eval": "test a checkpoint, hypoth
 SHAPE = {"hidden", "stack", "layers", "speller"}  # what a checkpoint alone decides
 CPU_BF16 = True  # measured: 1.3 times as fast as float32 on a CPU that multiplies bfloat16
 PAD, BOS, EOS = 0, 1, 2
-REACH = 16  # frames of the listener by which the speller can move between two characters
+REACH = 16  # frames of the listener, to each side, within which the speller knows where it listened last
 ALPHABET = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -121,7 +121,7 @@ def reverse(x, lengths):
 class WithWeight(torch.autograd.Function):
     """Takes the gradient of a weight out of a loop over time. Each y_t = added_t + x_t w^T costs a product
     and an addition of the size of w in the backward pass; here the loop uses w detached and appends x_t to
-    the list `xs`, and one product over all t makes the gradient.
+    the list `xs`, and one product over all t makes the gradient. Every row of added_t must go into y_t.
 
     added (T, B, N), w (N, K) or one for each sound (B, N, K), x_t (B, K) -> added.
     """
@@ -216,23 +216,40 @@ class Listener(nn.Module):
         return locked_dropout(x, self.dropout, self.training), lengths
 
 
-def moved(attention, moves):
-    """What a step's moves add to its energies, given the attention of the step before, (N, T'): moves
-    (N, 2 REACH + 1) rate a frame when that was REACH frames before it, ..., there, ..., behind -> (N, T')."""
-    near = F.pad(attention, (REACH, REACH)).unfold(1, moves.shape[1], 1)  # (N, T', 2 REACH + 1)
-    return (near @ moves[:, :, None])[:, :, 0]
+def windows(x):
+    """(N, T') -> (N, T', 2 REACH + 1): what is around each frame."""
+    return F.pad(x, (REACH, REACH)).unfold(1, 2 * REACH + 1, 1)
+
+
+class Location(torch.autograd.Function):
+    """The energies' location term: the attention to the character before, (N, T'), correlated with a filter
+    for each hypothesis, moves (N, 2 REACH + 1) -> (N, T'). moves[:, REACH - d] is what a frame gains if the
+    speller was d frames before it. The gradients are correlations too, where unfold's would be a scatter."""
+
+    @staticmethod
+    def forward(ctx, attention, moves):
+        ctx.save_for_backward(attention, moves)
+        return (windows(attention) @ moves[:, :, None])[:, :, 0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        attention, moves = ctx.saved_tensors
+        to_attention = (windows(grad) @ moves.flip(1)[:, :, None])[:, :, 0]
+        return to_attention, (grad[:, None] @ windows(attention))[:, 0]
 
 
 class LAS(nn.Module):
-    """Listener, attender and speller: the probabilities of each character, given the sound and those before.
+    """Listener, attender and speller: the logits of each character, given the sound and those before.
 
-    The speller looks for what it wants to hear, by content, and near to where it listened last: the location
-    term of Chorowski et al., 2015, with a filter that the speller's state sets anew at each character.
+    The speller looks for what it wants to hear, by content, and knows where it listened last: the location
+    term of Chorowski et al., 2015, but added to the energies as it is, with a filter that the speller's state
+    makes at each character (Battenberg et al., 2020). By content alone (the paper's equation 9) it finds a
+    letter wherever it sounds.
     Targets (B, U) end in EOS, filled up with PAD, and carry no BOS: the shift is inside. Sounds have at least
     stack * 2^layers frames, so that one is left after the pyramid.
     """
 
-    def __init__(self, n_features, vocab_size, hidden=256, layers=2, speller=256, dropout=0.3, stack=1):
+    def __init__(self, n_features, vocab_size, hidden=256, layers=1, speller=256, dropout=0.3, stack=1):
         super().__init__()
         self.listener, self.dropout = Listener(n_features, hidden, layers, dropout, stack), dropout
         self.key, self.value = nn.Linear(2 * hidden, speller), nn.Linear(2 * hidden, speller)
@@ -244,8 +261,8 @@ class LAS(nn.Module):
         self.ctc = nn.Linear(2 * hidden, vocab_size)
 
     def listen(self, features, lengths):
-        """(B, T, F), (B,) -> memory, what the speller attends to; and the CTC logits. A query is a linear
-        function of the state h, so that q k is h times a projection of the key, made here once: keys and
+        """(B, T, F), (B,) -> memory, what the speller attends to; and the CTC logits. A query is W h + b, so
+        that its product with a key k is h (W^T k) + b k, and W^T k and b k are made here once: keys and
         values (B, T', D), and what is added to the energies, -inf behind the end (B, T')."""
         x, lengths = self.listener(features, lengths)
         mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None].clamp(min=1)
@@ -253,11 +270,13 @@ class LAS(nn.Module):
         bias = (key @ self.query.bias).masked_fill(~mask, -math.inf)
         return (key @ self.query.weight, self.value(x), bias), self.ctc(x)
 
-    def start(self, count, frames, device):
-        """The speller's state before the first character, for all hypotheses: two cells, the context, and an
-        attention to the first of `frames` frames of the listener."""
-        zero = torch.zeros(count, self.query.in_features, device=device)
-        return [zero] * 5 + [torch.eye(1, frames, device=device).expand(count, -1)]
+    def start(self, memory, k=1):
+        """The speller's state before the first character, for k hypotheses a sound: h and c of two cells, the
+        context, and an attention to the first frame."""
+        _, values, bias = memory
+        h1, c1, h2, c2, context = values.new_zeros(5, k * len(values), values.shape[2]).unbind()
+        attention = F.pad(values.new_ones(k * len(values), 1), (0, bias.shape[1] - 1))
+        return [h1, c1.float(), h2, c2.float(), context, attention]
 
     def step(self, tokens, state, memory):
         """One character (N,) -> logits (N, V) and the next state, whose last part is the attention (N, T')
@@ -267,55 +286,55 @@ class LAS(nn.Module):
         h1, c1 = self.cells[0](torch.cat([self.embedding(tokens), context], -1), (h1, c1))
         h2, c2 = self.cells[1](h1, (h2, c2))
         energies = h2.unflatten(0, (len(keys), -1)) @ keys.mT + bias[:, None]  # (B, N/B, T')
-        attention = (energies.flatten(0, 1) + moved(attention, self.moves(h2))).softmax(-1)
+        attention = (energies.flatten(0, 1) + Location.apply(attention, self.moves(h2))).softmax(-1)
         context = (attention.unflatten(0, (len(keys), -1)) @ values).flatten(0, 1)
         return self.out(torch.cat([h2, context], -1)), [h1, c1, h2, c2, context, attention]
 
     def taught_step(self, added, state, weights):
         """The same in training, where the out layer and the gradients of the weights wait for all characters:
         what is added to the products with the detached `weights` of the cells, moves, keys and values -> the
-        next state, and what was multiplied."""
+        next state, and what was multiplied, the last of it the attention (B, T')."""
         w1, w2, w3, keys, values = weights
         h1, c1, h2, c2, context, attention = state
         x1 = torch.cat([F.dropout(context, self.dropout, self.training), h1], -1)
         h1, c1 = lstm_cell(torch.addmm(added[0], x1, w1.T), c1)
         x2 = torch.cat([h1, h2], -1)
         h2, c2 = lstm_cell(torch.addmm(added[1], x2, w2.T), c2)
-        energies = torch.baddbmm(added[3][:, None], h2[:, None], keys.mT)[:, 0]
-        energies = energies + moved(attention, torch.addmm(added[2], h2, w3.T))
-        attention = energies.softmax(-1).to(h2.dtype)
+        bias = added[3] + Location.apply(attention, torch.addmm(added[2], h2, w3.T))
+        attention = torch.baddbmm(bias[:, None], h2[:, None], keys.mT)[:, 0].softmax(-1).to(h2.dtype)
         context = torch.baddbmm(added[4][:, None], attention[:, None], values.mT)[:, 0]
         return [h1, c1, h2, c2, context, attention], [x1, x2, h2, h2, attention]
 
     def forward(self, features, lengths, targets, teacher=1.0):
         """(B, T, F), (B,), (B, U) -> logits (B, U, V), attention (B, U, T'), CTC logits (B, T', V). In
-        training, a share 1 - teacher of the characters fed are the model's own guesses."""
-        (keys, values, bias), ctc_logits = self.listen(features, lengths)
+        training, a share 1 - teacher of the characters fed are those that the model finds likeliest."""
+        memory, ctc_logits = self.listen(features, lengths)
+        keys, values, bias = memory
         one, two = self.cells
-        spoken, heard = one.weight_ih.chunk(2, 1)  # the first cell's weight for a character, for the context
+        w_character, w_context = one.weight_ih.chunk(2, 1)
 
         def speak(tokens):
             x = F.dropout(self.embedding(tokens), self.dropout, self.training)
-            return F.linear(x, spoken, one.bias_ih + one.bias_hh).to(keys.dtype)
+            return F.linear(x, w_character).to(keys.dtype)
 
         fed = F.pad(targets, (1, -1), value=BOS).T  # (U, B)
-        cells = torch.cat([heard, one.weight_hh], 1), torch.cat([two.weight_ih, two.weight_hh], 1)
+        cells = torch.cat([w_context, one.weight_hh], 1), torch.cat([two.weight_ih, two.weight_hh], 1)
         weights = [w.to(keys.dtype) for w in (*cells, self.moves.weight, keys, values.mT)]
         xs = [[] for _ in weights]
-        added = speak(fed), two.bias_ih + two.bias_hh, self.moves.bias, bias, values.new_zeros(())
+        added = [one.bias_ih + one.bias_hh, two.bias_ih + two.bias_hh, self.moves.bias, bias]
+        added.append(values.new_zeros(()))  # nothing, but its product gives the gradient of the values
         added = [a.to(keys.dtype).expand(*fed.shape, w.shape[-2]) for a, w in zip(added, weights)]
         added = zip(*(WithWeight.apply(*parts).unbind() for parts in zip(added, weights, xs)))
         weights = [w.detach() for w in weights]
 
         own = torch.rand(fed.shape, device=fed.device) >= (teacher if self.training else 1)
         own[0] = False
-        state, heard = self.start(*bias.shape, fed.device), []
-        state = [part if i in (1, 3) else part.to(keys.dtype) for i, part in enumerate(state)]
-        for guesses, any_own, row in zip(own, own.any(1).tolist(), added):
+        state, heard = self.start(memory), []
+        for guesses, any_own, said, (first, *others) in zip(own, own.any(1).tolist(), speak(fed), added):
             if any_own:
                 guess = self.out(heard[-1].detach()).argmax(-1)
-                row = torch.where(guesses[:, None], speak(guess), row[0]), *row[1:]
-            state, multiplied = self.taught_step(row, state, weights)
+                said = torch.where(guesses[:, None], speak(guess), said)
+            state, multiplied = self.taught_step((first + said, *others), state, weights)
             heard.append(torch.cat([state[2], state[4]], -1))
             for saved, x in zip(xs, multiplied):
                 saved.append(x.detach())
@@ -385,7 +404,7 @@ def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
     ends endless repetition."""
     memory, ctc_logits = model.listen(features, lengths)
     b, k, device, steps = len(features), beam_size, features.device, memory[2].shape[1] + 1
-    state, tokens = model.start(b * k, steps - 1, device), torch.full((b * k,), BOS, device=device)
+    state, tokens = model.start(memory, k), torch.full((b * k,), BOS, device=device)
     said = torch.full((b, k), -math.inf, device=device).index_fill(1, torch.tensor(0, device=device), 0.0)
     mask = memory[2].isfinite()  # (B, T'): what is heard, not padding
     ctc = CTCPrefixes(ctc_logits, mask, k) if ctc_weight else None
@@ -431,7 +450,7 @@ REAL = "--data librispeech downloads 100 hours of read English, 7 GB"
 URL = "https://www.openslr.org/resources/12"
 DIGESTS = {"train-clean-100": "2a93770f6d5c6c964bc36631d331a522",  # MD5, as published there
            "dev-clean": "42e2234ba48799c1f50f24a7926300a1", "test-clean": "32fa31d27d2e1cad72775fee3f4849a9"}
-SOUNDS = "BCDFGHJKLMNPQRSTVWXYZ", "AEIOU", "LNRST"  # of a syllable of the demo; the last may be missing
+SOUNDS = "BCDFGHJKLMNPQRSTVWXYZ", "AEIOU", "LNRST"  # of a syllable of the demo, mostly without the last
 
 
 def demo_voice(text, pitch, tract, speed, seed):
@@ -456,9 +475,9 @@ def demo_voice(text, pitch, tract, speed, seed):
 
 
 def demo_set(count, speakers, seed, without=()):
-    """[(what demo_voice takes, text)]: `count` sentences, each another, none in `without`, by some voices. The
-    words are invented, so that the speller has to hear each letter: one of a few words it would know by
-    a single sound, and attend to nothing after that."""
+    """[(what demo_voice takes, text)]: `count` sentences, each another, none in `without`, by some voices.
+    Words are invented, so that the speller has to hear each letter: a word that it knew it could guess from
+    one of its sounds, and attend to nothing else."""
     rng, texts = np.random.default_rng(seed), {}
     voices = [(rng.uniform(90, 240), rng.uniform(0.88, 1.12), rng.uniform(0.9, 1.1)) for _ in range(speakers)]
 
@@ -1198,11 +1217,14 @@ def main(argv=None):
         return predict(mode, inputs, flags)
     run = Run(flags, training=mode == "train")
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
-    if not re.fullmatch(r"((0\.[5-9]|1\.\d|2\.0) ?)+", cfg.speeds):
+    if not all(re.fullmatch(r"0\.[5-9]|1\.\d|2\.0", speed) for speed in cfg.speeds.split(" ")):
         raise UserError(f"--speeds {cfg.speeds!r}: takes numbers from 0.5 to 2.0, such as '0.9 1.0 1.1'")
 
     data = load_data(cfg)
     batches, n_features = Batches(data["train"], cfg.batch_size, device), data["train"][0].shape[1]
+    _, frames, texts = data["train"]
+    if dense := sum(len(text) > n // cfg.stack >> cfg.layers for n, text in zip(frames, texts)):
+        say(f"note: {dense:,} texts have more characters than the listener makes frames; lower --layers")
     schedule = len(batches.cuts) * cfg.epochs
     total, count = min(cfg.max_steps or schedule, schedule), round(sum(batches.lengths) / len(batches.cuts))
     say(f"utterances: {', '.join(f'{len(part[1]):,} {name}' for name, part in data.items())}; {n_features} "

@@ -90,7 +90,7 @@ def test_gradients_gathered_over_all_characters_equal_those_of_single_steps(mode
     x, lengths = padded(sounds(37, 20, 8), 37)
     targets = torch.randint(3, 12, (3, 5))
     memory, _ = model.listen(x, lengths)
-    state, tokens, logits, found = model.start(3, memory[2].shape[1], "cpu"), torch.full((3,), las.BOS), [], []
+    state, tokens, logits, found = model.start(memory), torch.full((3,), las.BOS), [], []
     for u in range(5):
         y, state = model.step(tokens, state, memory)
         logits.append(y)
@@ -141,14 +141,15 @@ def test_attention_sums_to_one_over_what_is_there(model):
 
 @torch.no_grad()
 def test_attention_is_by_content_and_by_moves(model):
-    """Against sums written out in numpy, from the speller's state."""
-    x, lengths = padded(sounds(60, 40), 60)
+    """Against sums written out in numpy, from the speller's state; sounds longer than the reach."""
+    x, lengths = padded(sounds(400, 200), 400)
     heard, frames = model.listener(x, lengths)
     memory, _ = model.listen(x, lengths)
-    state, tokens = model.start(2, heard.shape[1], "cpu"), torch.tensor([las.BOS, 5])
+    state, tokens = model.start(memory), torch.tensor([las.BOS, 5])
     before = np.zeros(state[-1].shape)
     before[:, 0] = 1
-    for _ in range(4):
+    for _ in range(3):
+        assert np.allclose(state[-1], before)
         _, state = model.step(tokens, state, memory)
         query, moves = model.query(state[2]).numpy(), model.moves(state[2]).numpy()
         key = model.key(heard).numpy()
@@ -157,7 +158,14 @@ def test_attention_is_by_content_and_by_moves(model):
                 before[i, s] * moves[i, las.REACH + s - t] for s in range(n) if abs(s - t) <= las.REACH) for t in range(n)]
             expected = np.exp(energies) / np.exp(energies).sum()
             assert np.allclose(state[-1][i, :n], expected, atol=1e-6) and not state[-1][i, n:].any()
+        state[-1] = (torch.rand(2, 50) * (torch.arange(50) < frames[:, None])) ** 8  # far from uniform
+        state[-1] /= state[-1].sum(1, keepdim=True)
         before = state[-1].numpy().copy()
+
+
+def test_gradients_of_the_location_term():
+    x, moves = torch.rand(3, 40, dtype=torch.float64), torch.randn(3, 2 * las.REACH + 1, dtype=torch.float64)
+    assert torch.autograd.gradcheck(las.Location.apply, (x.requires_grad_(), moves.requires_grad_()))
 
 
 @torch.no_grad()
@@ -174,7 +182,7 @@ def test_moves_alone_make_a_diagonal():
 def slow_beam(model, x, k):
     """Beam search on one sound, in lists, until an end is as good as what goes on, by log p a character."""
     memory, _ = model.listen(x[None], torch.tensor([len(x)]))
-    beams, done, limit = [(0.0, [], model.start(1, len(x) // 8, "cpu"))], [], len(x) // 8
+    beams, done, limit = [(0.0, [], model.start(memory))], [], len(x) // 8
     for t in range(limit + 1):
         options = []
         for score, prefix, state in beams:
@@ -230,6 +238,13 @@ def test_teacher_forcing_feeds_the_target(model):
         guesses = own.argmax(-1)  # with no teacher, the model's own guesses are fed
         net.eval()
         assert torch.allclose(net(x, lengths, guesses)[0], own, atol=1e-6)
+    net.train()
+    found = []
+    for fed, teacher in ((targets, 0.0), (guesses, 1.0)):  # and so are the gradients
+        loss = nn.functional.cross_entropy(net(x, lengths, fed, teacher)[0].flatten(0, 1), targets.flatten())
+        found.append(torch.autograd.grad(loss, list(net.parameters()), allow_unused=True))
+    for mine, plain in zip(*found):
+        assert (mine is None) == (plain is None) and (mine is None or torch.allclose(mine, plain, atol=1e-6))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
@@ -288,7 +303,7 @@ def test_long_sounds_are_cut_where_it_is_quiet():
     parts = las.cut_at_pauses(x, 250)
     assert torch.equal(torch.cat(parts), x) and max(map(len, parts)) <= 250
     ends = np.cumsum([len(p) for p in parts])[:-1]
-    assert sum(min(abs(end - q) for q in (170, 330, 600, 760)) < 12 for end in ends) >= 3
+    assert sum(min(abs(end - q) for q in (170, 330, 600, 760)) < 18 for end in ends) >= 3  # 10 and half a window
 
 
 SENTENCES = ["OLD DOG", "A RED CUP", "MY KING", "BLUE BOAT", "THE BIRD", "NEW LAMP", "EVERY MAN", "GIRL SEES"]
