@@ -87,11 +87,11 @@ class Config:
     size: str = "micro"  # mini|micro|atto|pico|nano|tiny|small blocks and channels of the network
     image_size: int = 80  # side in pixels that images are resized to
     stem_stride: int = 2  # pixels from patch to patch: 4 as in the paper, or 2 for small images
-    drop_path: float = 0.2  # stochastic depth: chance of skipping the last block, less before it
+    drop_path: float = 0.2  # 0 to 0.99, stochastic depth: chance of skipping the last block, less before it
     augment: float = 1.0  # strength of the changes made to training images; 0: none
     loss: str = "center"  # softmax|center|arcface cross-entropy of cosines; with center loss; with a margin
     center_weight: float = 0.003  # weight of the center loss, the paper's lambda
-    ema: float = 0.998  # decay of the average of the weights, which is what is tested and kept
+    ema: float = 0.998  # 0 to 1, decay of the average of the weights, which is what is tested and kept
     pairs: str = ""  # `eval`: a file of pairs in LFW's form, such as pairsDevTest.txt or pairs.txt
     images: str = ""  # `eval`: the folder of the images that --pairs names
     json: bool = False  # `verify` and `identify` print JSON lines
@@ -381,11 +381,11 @@ def read_faces(paths, size, cache="", lfw=False):
     if cache:
         with contextlib.suppress(Exception):  # none yet, or a damaged one, which is made again
             return torch.load(kept, weights_only=True, mmap=True)
-    images, good, bad = torch.empty(len(paths), size, size, 3, dtype=torch.uint8), [], []
+    images, good, bad = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), [], []
 
     def read(i):
         try:
-            images[i] = torch.from_numpy(read_image(paths[i], size, lfw))
+            images[i] = torch.from_numpy(read_image(paths[i], size, lfw)).permute(2, 0, 1)
             good.append(i)
         except Exception as e:  # a damaged image can raise nearly anything
             bad.append(f"{paths[i]} ({type(e).__name__})")
@@ -397,13 +397,16 @@ def read_faces(paths, size, cache="", lfw=False):
     if len(good) <= 19 * len(bad):  # none, or more than 5 % of them bad
         raise UserError(f"{len(good)} of {len(paths)} images are readable; 95 % must be, and some; not "
                         f"{', '.join(sorted(bad)[:5])}")
-    result = images[sorted(good)].permute(0, 3, 1, 2).contiguous(), sorted(good)
+    result = images[sorted(good)] if bad else images, sorted(good)
     if cache and RANK == 0:
+        part = kept.with_suffix(f".{os.getpid()}.part")
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(result, part := kept.with_suffix(".part"))
+            torch.save(result, part)
             os.replace(part, kept)
         except (OSError, RuntimeError) as e:
+            with contextlib.suppress(OSError):
+                part.unlink()
             say(f"note: the decoded images are not kept ({e})")
     return result
 
@@ -493,18 +496,28 @@ def load_data(cfg):
             raise UserError(f"{known}: no sub-folders with images; it takes one per person")
         if files := images_in(known.with_name("unknown_dev")):
             queries = read_identities(known.with_name("dev_identities.csv"), files)
-        places = {"classification": train / "../test", "verification": known / "../unknown_test"}
+        places = {"classification": train.with_name("test"), "verification": known.with_name("unknown_test")}
         for name, place in places.items():
             data["submit"] |= {name: files} if (files := images_in(place)) else {}
-    for name, paths in () if known else (parts["unseen"] or parts["val"]).items():
-        gallery, queries = [*gallery, (name, paths[0])], [*queries, *((name, path) for path in paths[1:])]
-    gallery, pairs = gallery[:1000], [*gallery[:1000], *queries[:1000]]  # two million pairs say enough
+    held = parts["unseen"] or {name: paths + parts.get("test", {}).get(name, [])
+                               for name, paths in parts["val"].items()}
+    for name, paths in () if known else held.items():
+        gallery.append((name, paths[0]))
+        queries += [(name, path) for path in paths[1:]]
+    gallery = spread(gallery)  # two million pairs say enough
+    people = {name for name, _ in gallery}
+    pairs = gallery + spread([query for query in queries if query[0] in people])
     if shared := sorted({name for name, _ in pairs} & set(classes)):
         say(f"warning: {len(shared)} people are verified that are trained on: {', '.join(shared[:5])}")
     images, owners, pairs = read(pairs)
     known = len(set(gallery) & set(pairs))  # of those that could be read
     names = [f"{name}/{path.name}" for name, path in pairs]
     return data | {"unseen": (images, owners), "known": known, "names": names}
+
+
+def spread(items, most=1000):
+    """`most` of the items at most, from all over the list."""
+    return [items[i * len(items) // most] for i in range(most)] if len(items) > most else items
 
 
 def read_pairs(path, folder):
@@ -525,6 +538,9 @@ def read_pairs(path, folder):
             pairs.append((*files, same, len(pairs) // (2 * each)))
     if len(pairs) != 2 * folds * each:
         raise UserError(f"{path}: {len(pairs)} pairs, where its first line announces {2 * folds * each}")
+    for fold in range(folds):
+        if sum(same for *_, same, k in pairs if k == fold) != each:
+            raise UserError(f"{path}: its part {fold + 1} of {folds} has not {each} pairs of each kind")
     return pairs, folds
 
 
@@ -584,7 +600,8 @@ def roc(scores, same):
 def verification_metrics(scores, same):
     """Figures of scores (N,), the higher the more alike, for pairs that are the same person's or not (N,):
     {"auc", "eer", "tar_at_far": {0.01, 0.001}, "threshold"}, all but the last 0-1. The EER is where straight
-    lines between the ROC's points cross FAR = 1 - TAR, the threshold the score there. ValueError as `roc`."""
+    lines between the ROC's points cross FAR = 1 - TAR; the threshold is half-way down from the score there to
+    the next, so that `score > threshold` is what is accepted. ValueError as `roc`."""
     far, tar, threshold = roc(scores, same)
     excess = far - (1 - tar)  # rises from -1 to 1
     i = int(np.argmax(excess >= 0))
@@ -592,7 +609,7 @@ def verification_metrics(scores, same):
     return {"auc": float((np.diff(far) * (tar[1:] + tar[:-1]) / 2).sum()),
             "eer": float(far[i - 1] + share * (far[i] - far[i - 1])),
             "tar_at_far": {limit: float(tar[far <= limit].max()) for limit in (0.01, 0.001)},
-            "threshold": float(threshold[i])}
+            "threshold": float(np.r_[threshold, threshold[-1] - 1][i : i + 2].mean())}
 
 
 def best_threshold(scores, same):
@@ -752,7 +769,10 @@ def benchmark(model, cfg, ckpt, folder, device):
     if shared := sorted({p.parent.name for pair in pairs for p in pair[:2]} & set(ckpt["classes"])):
         say(f"warning: {len(shared)} people are verified that were trained on: {', '.join(shared[:5])}")
     if folds > 1:
-        mean, error = lfw_accuracy(scores, same, [pair[3] for pair in pairs])
+        try:
+            mean, error = lfw_accuracy(scores, same, [pair[3] for pair in pairs])
+        except ValueError as e:
+            raise UserError(f"{path}: too few pairs are left ({e})") from None
         figures, threshold, source = {"acc": 100 * mean, "se": 100 * error}, best_threshold(scores, same), (
             f"the best on all {folds} folds; each was judged with that of the others")
     else:
@@ -832,7 +852,7 @@ def predict(mode, inputs, flags):
         for name, cosine in sorted(zip(owners, row), key=lambda item: item[1]):
             best[name] = cosine  # a person is as near as the nearest image
         ranked = [(name, round(best[name], 4)) for name in sorted(best, key=best.get, reverse=True)[:5]]
-        line = {"file": str(queries[i]), "ranked": ranked, "known": ranked[0][1] > threshold}
+        line = {"file": str(queries[i]), "ranked": ranked, "known": max(best.values()) > threshold}
         text = f"{queries[i]}: {', '.join(f'{name} {cosine:.3f}' for name, cosine in ranked)}"
         say(json.dumps(line) if cfg.json else text)
 
@@ -889,10 +909,14 @@ def parse_args(argv):
         parser.add_argument(*dict.fromkeys([f"--{f.name}", "--" + f.name.replace("_", "-")]), **how)
     flags = vars(parser.parse_intermixed_args(argv))
     mode, *inputs = flags.pop("words") or ["train"]
-    for name, value in flags.items():  # sizes, intervals and epochs are at least 1, other numbers 0
-        least = int(name.endswith(("_size", "_dim", "_every", "epochs")))
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            refuse(f"--{name} {value}: must be finite, and at least {least}")
+    for name, value in flags.items():  # sizes, intervals and counts are at least 1, other numbers 0
+        usual, least, most = getattr(Config, name), 0, 2**63 - 1
+        if type(usual) is int and usual > 0 and not re.search("warmup|layers", name):
+            least = 1
+        if limits := re.match(r"(\d+) to ([\d.]+), ", comments[name]):  # or what a comment begins with
+            least, most = map(float, limits.groups())
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            refuse(f"--{name} {value}: must be {least:g} to {most:g}")
     if mode not in MODES:
         refuse(f"{mode!r} is none of the modes {', '.join(MODES)}")
     takes = re.match(r"([A-Z .[\]]+): ", MODES[mode])  # "FOLDER: ..." must have inputs, "[TEXT]: ..." may
@@ -908,7 +932,10 @@ def pick_device(name):
         raise UserError(f"--device {name}: there is none here; use --device {best}")
     device = torch.device(best if name == "auto" else name)
     if device.type == "cuda":
-        torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+        place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if place >= count:
+            raise UserError(f"{place + 1} processes on {count} GPUs; use --nproc_per_node={count}")
+        torch.cuda.set_device(device := torch.device("cuda", place))
         torch.set_float32_matmul_precision("high")  # TF32
     if device.type == "cpu" and sys.platform == "linux":  # glibc would give the memory of each large tensor
         with contextlib.suppress(AttributeError):  # back to the system, and take it again page by page
@@ -990,11 +1017,10 @@ class Run:
     """A training run: its configuration and folder, the losses on the way, the wish to stop."""
 
     def __init__(self, flags, training):
-        self.began, self.pending, self.wish, self.stop = time.perf_counter(), [], False, False
+        self.began, self.asked, self.pending, self.wish, self.stop = time.perf_counter(), 0, [], False, False
         name = flags.get("data", "auto")
         if name == "auto":
             name = next((n for n, inside in AUTO.items() if Path("data", n, inside).exists()), "demo")
-        say(f"data: {name}" + (f" (generated; {REAL})" if name == "demo" else ""))
         self.device, self.ckpt = pick_device(flags.get("device", "auto")), {}
         self.cfg, box = Config(**PRESETS.get(name, {}) | flags | {"data": name}), [None]
         if training and RANK == 0:  # rank 0 picks the folder, and tells the others
@@ -1004,34 +1030,49 @@ class Run:
         self.folder = box[0]
         if training and (last := self.folder / "last.pt").exists():
             self.ckpt = load_checkpoint(last)
-            self.cfg = merge(self.ckpt, flags, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+            typed = {k: v for k, v in flags.items() if v != "auto" or k in FREE}
+            self.cfg = merge(self.ckpt, typed, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+        say(f"data: {self.cfg.data}" + (f" (generated; {REAL})" if self.cfg.data == "demo" else ""))
         self.cfg.dtype = pick_dtype(self.cfg.dtype, self.device)
         start = {"step": 0, "best": None, "window": [], "seconds": 0.0}
         self.step, self.best, self.window, self.seconds = (self.ckpt.get(k, v) for k, v in start.items())
         self.mark = self.began, self.step
         if training and RANK == 0:  # the log goes on from the checkpoint's step
             path = self.folder / "log.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else []
-            kept = [s for s in lines if (r := json.loads(s))["step"] <= self.step and r["split"] != "test"]
-            path.write_text("".join(f"{s}\n" for s in kept), encoding="utf-8")
+            kept, part = [], path.with_suffix(".part")
+            for line in path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else ():
+                with contextlib.suppress(ValueError):  # what a full disk cut short
+                    record = json.loads(line)
+                    kept += [line + "\n"] * (record["step"] <= self.step and record["split"] != "test")
+            part.write_text("".join(kept), encoding="utf-8")
+            os.replace(part, path)
             self.log = path.open("a", encoding="utf-8", buffering=1)
         for number in (signal.SIGINT, signal.SIGTERM) if training else ():
             signal.signal(number, self.ask_to_stop)
 
     def pick_folder(self, base, flags):
         """The folder to write into: one that holds a run is continued or left alone."""
-        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))]
+        base = base if base.name else base.resolve()
+        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000) if base.name)]
         runs = {p: (p / "last.pt").stat().st_mtime for p in family if (p / "last.pt").exists()}
-        folder = next(p for p in family if not (p / "log.jsonl").exists())
         if flags.get("resume"):
             folder = max(runs, key=runs.get) if runs and not flags.get("out") else base
+            folder.mkdir(parents=True, exist_ok=True)
+        for folder in family if not flags.get("resume") else ():
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # of a run that began at the same time
+                if folder not in runs:
+                    (folder / "log.jsonl").touch(exist_ok=False)
+                    break
         say(f"run: {folder}" + (" continued" if folder in runs else f" ({base} is taken)" * (folder != base)))
-        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def ask_to_stop(self, number, _):
-        self.wish = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        self.wish, now = True, time.perf_counter()
+        if self.asked and now - self.asked > 2:  # a second one, if not torchrun's copy of the first
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = self.asked or now
 
     def step_done(self, losses, total, count, lr):
         """After each step: (evaluate, save), the same on all ranks. `losses` is {name: scalar on the device},
@@ -1134,7 +1175,7 @@ def draw_curves(folder):
 def bench(run, raw, fetch, update, count):
     """Times the training step, eager, then compiled, and prints a JSON line: fetch(step) -> batch is the wait
     for data, update(step, batch) the computation; `count` items are in a step."""
-    wait = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
+    wait = getattr(torch, run.device.type).synchronize
     with FlopCounterMode(display=False) as flops:
         update(1, fetch(1))
     result = {"script": SCRIPT, "data": run.cfg.data, "device": str(run.device), "dtype": run.cfg.dtype,
@@ -1167,13 +1208,16 @@ def main(argv=None):
         return predict(mode, inputs, flags)
     run = Run(flags, training=mode == "train")
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
-    if cfg.drop_path >= 1 or cfg.ema >= 1:
-        raise UserError(f"--drop_path {cfg.drop_path} --ema {cfg.ema}: must be below 1")
 
     data = load_data(cfg)
     images, labels = data["train"]
-    images = images.to(device) if images.nbytes < 30e9 else images  # else batches are copied
+    room = torch.cuda.mem_get_info()[0] / 3 if device.type == "cuda" else math.inf
+    images = images.to(device) if images.nbytes < room else images  # else batches are copied
     labels, size = labels.to(device), min(cfg.batch_size, len(labels))
+    if size < WORLD:
+        raise UserError(f"--batch_size {size}: fewer images a step than the {WORLD} processes")
+    if ckpt and ckpt["classes"] != data["classes"]:
+        raise UserError(f"--data {cfg.data}: holds other people than {run.folder}/last.pt; start anew")
     per_epoch = len(labels) // size
     schedule = per_epoch * cfg.epochs
     total = min(cfg.max_steps or schedule, schedule)
@@ -1183,7 +1227,8 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     raw = build(cfg, data["classes"], device)
     centers = CenterLoss(len(data["classes"]), raw.norm.weight.numel()).to(device)
-    average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # so that 2 % of the first weights are left at most
+    average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(decay))
     if ckpt or cfg.init:
         load_weights(raw, ckpt["model"] if ckpt else initial_weights(cfg), cfg.init, strict=bool(ckpt))
         average.module.load_state_dict(ckpt.get("average", raw.state_dict()))
@@ -1267,8 +1312,9 @@ def main(argv=None):
 
 
 def learning_rate(cfg, step, schedule):
-    """Linear warm-up, then half a cosine down to zero."""
-    return cfg.lr * min(step / max(1, cfg.warmup), 0.5 + 0.5 * math.cos(math.pi * step / schedule), 1)
+    """Linear warm-up, in a third of a short schedule at most, then half a cosine down to zero."""
+    warmup = max(1, min(cfg.warmup, schedule // 3))
+    return cfg.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / schedule))
 
 
 if __name__ == "__main__":

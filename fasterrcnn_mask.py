@@ -129,12 +129,21 @@ class Backbone(BackboneWithFPN):
 
 def with_group_norm(module):
     """Replaces every batch norm in place: from scratch a detector has too few images per step for it, and so
-    nothing an image leads to depends on its batch."""
+    no image's statistics enter another's."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, nn.GroupNorm(math.gcd(32, child.num_features), child.num_features))
         with_group_norm(child)
     return module
+
+
+@torch.no_grad()
+def with_strides(model):
+    """Tells the RoI pooling the strides of its maps. torchvision takes them from the first image that the
+    model sees, for good, and wrongly from one that is flat and padded."""
+    maps = model.eval().backbone(torch.zeros(1, 3, 64, 64))
+    model.roi_heads.box_roi_pool(maps, [torch.zeros(1, 4)], [(64, 64)])
+    return model.train()
 
 
 def architecture(num_classes, backbone, scratch, image_size):
@@ -144,7 +153,8 @@ def architecture(num_classes, backbone, scratch, image_size):
     strides of 8 and 16, the pyramid 128 channels, the box head 256 units, and 64 boxes of an image are learnt
     from. One sample per bin of the RoI's 7x7 grid takes a quarter of the time of four on a CPU.
     """
-    how = {"min_size": image_size, "max_size": image_size, "_skip_resize": True, "box_score_thresh": 0.01}
+    how = {"min_size": image_size, "max_size": image_size, "_skip_resize": True, "box_score_thresh": 0.01,
+           "rpn_score_thresh": 0.0}  # torchvision's mobilenet has 0.05, which may leave nothing to learn from
     if not scratch or backbone != "mobilenet":
         model = MODELS[backbone][0](weights=None, weights_backbone=None, num_classes=num_classes, **how)
         model.backbone.__class__ = Backbone
@@ -154,14 +164,14 @@ def architecture(num_classes, backbone, scratch, image_size):
         elif backbone == "resnet50":  # those weights were made without an epsilon
             for norm in filter(lambda module: isinstance(module, nn.BatchNorm2d), model.modules()):
                 norm.eps = 1e-12
-        return with_group_norm(model) if scratch else model
+        return with_strides(with_group_norm(model) if scratch else model)
     body = Backbone(mobilenet_v3_large().features[:13], {"6": "0", "12": "1"}, [40, 112], 128)
-    return with_group_norm(FasterRCNN(
+    return with_strides(with_group_norm(FasterRCNN(
         body, box_roi_pool=MultiScaleRoIAlign(["0", "1"], 7, 1), box_head=TwoMLPHead(128 * 7 * 7, 256),
         box_predictor=FastRCNNPredictor(256, num_classes), box_batch_size_per_image=64,
         rpn_anchor_generator=AnchorGenerator(((10, 16, 25), (40, 63, 100), (150, 220, 320)), ((1.2,),) * 3),
         rpn_batch_size_per_image=64, rpn_pre_nms_top_n_train=500, rpn_post_nms_top_n_train=250,
-        rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_test=300, **how))
+        rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_test=300, **how)))
 
 
 def build_model(num_classes, backbone="resnet50_v2", weights="coco", image_size=800, trainable_layers=3):
@@ -261,7 +271,8 @@ def draw_face(pen, rng, x, y, w, h, kind):
 
 def read_voc(path):
     """A VOC annotation: {"boxes": (N, 4) xyxy pixels, "labels": names, "size": (W, H) or None}. Boxes come as
-    they stand; an image without objects is one without faces. Raises UserError if it is no such file."""
+    they stand, counted from 0; an image without objects is one without faces. Raises UserError if it is no
+    such file."""
     try:
         text = Path(path).read_bytes()
         if re.search(rb"<!DOCTYPE|<!ENTITY|\0", text):  # an entity could expand to gigabytes
@@ -274,12 +285,14 @@ def read_voc(path):
                  for thing in root.iter("object")]
         if not all(map(math.isfinite, sum((box for _, box in found), []))):
             raise ValueError("a coordinate is not finite")
-        size = root.find("size")
-        size = size is not None and (int(size.findtext("width", "0")), int(size.findtext("height", "0")))
-    except (OSError, ValueError, TypeError, AttributeError, ElementTree.ParseError) as e:
+        if not all(name for name, _ in found):
+            raise ValueError("an object has no name")
+        size = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError,
+            ElementTree.ParseError) as e:
         raise UserError(f"{path}: not a VOC annotation ({e})") from None
     boxes = torch.tensor([box for _, box in found]).reshape(-1, 4)
-    return {"boxes": boxes, "labels": [name for name, _ in found], "size": size or None}
+    return {"boxes": boxes, "labels": [name for name, _ in found], "size": size if all(size) else None}
 
 
 def read_image(path, size=None):
@@ -311,10 +324,13 @@ def voc_scenes(folder, side):
     """Items of all annotated images under `folder`: annotations NAME.xml, images NAME.* of any format."""
     from PIL import Image
     kinds = Image.registered_extensions()
-    images = {p.stem: p for p in sorted(folder.rglob("*")) if p.suffix.lower() in kinds}
-    annotations = sorted(folder.rglob("*.xml"))
-    if twice := [stem for stem, n in Counter(p.stem for p in annotations).items() if n > 1]:
-        raise UserError(f"{folder}: {len(twice)} names are there twice, {twice[0]}.xml for one; rename them")
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in kinds]
+    images, annotations = {p.stem: p for p in files}, sorted(folder.rglob("*.xml"))
+    stems = {p.stem for p in annotations}
+    for paths in annotations, [p for p in files if p.stem in stems]:
+        if twice := [stem for stem, n in Counter(p.stem for p in paths).items() if n > 1]:
+            first = ", ".join(str(p) for p in paths if p.stem == twice[0])
+            raise UserError(f"{folder}: {len(twice)} names are there twice, as {first}; rename or move them")
     items, bad, mended = [], [], []
     for path in annotations:
         stem = path.stem
@@ -323,6 +339,8 @@ def voc_scenes(folder, side):
                 raise UserError(f"{path}: no image of that name")
             truth = read_voc(path)
             item = prepare(read_image(images[stem], truth["size"]), side, images[stem].name)
+            if truth["size"] not in (None, item["size"]):
+                raise UserError(f"{path}: made for {truth['size']} pixels, {images[stem]} has {item['size']}")
         except Exception as e:  # a damaged image can raise nearly anything
             bad.append(str(e) if isinstance(e, UserError) else f"{images[stem]}: {type(e).__name__}")
             continue
@@ -346,7 +364,8 @@ def voc_scenes(folder, side):
 
 def divide(kinds, seed):
     """{"train", "val", "test": indices}: 70, 15 and 15 %, stratified by the rarest class of an image. `kinds`
-    is {name: labels}; a hash orders the names, so that a split is the same on every machine."""
+    is {name: labels}; a hash orders the names, so that files of the same names are divided the same on every
+    machine."""
     counts, groups = Counter(label for labels in kinds.values() for label in set(labels)), defaultdict(list)
     for place, (name, labels) in enumerate(kinds.items()):
         rarest = min(labels, key=lambda label: (counts[label], label), default="")
@@ -788,10 +807,14 @@ def parse_args(argv):
         parser.add_argument(*dict.fromkeys([f"--{f.name}", "--" + f.name.replace("_", "-")]), **how)
     flags = vars(parser.parse_intermixed_args(argv))
     mode, *inputs = flags.pop("words") or ["train"]
-    for name, value in flags.items():  # sizes, intervals and epochs are at least 1, other numbers 0
-        least = int(name.endswith(("_size", "_dim", "_every", "epochs")))
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            refuse(f"--{name} {value}: must be finite, and at least {least}")
+    for name, value in flags.items():  # sizes, intervals and counts are at least 1, other numbers 0
+        usual, least, most = getattr(Config, name), 0, 2**63 - 1
+        if type(usual) is int and usual > 0 and not re.search("warmup|layers", name):
+            least = 1
+        if limits := re.match(r"(\d+) to ([\d.]+), ", comments[name]):  # or what a comment begins with
+            least, most = map(float, limits.groups())
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            refuse(f"--{name} {value}: must be {least:g} to {most:g}")
     if mode not in MODES:
         refuse(f"{mode!r} is none of the modes {', '.join(MODES)}")
     takes = re.match(r"([A-Z .[\]]+): ", MODES[mode])  # "FOLDER: ..." must have inputs, "[TEXT]: ..." may
@@ -807,7 +830,10 @@ def pick_device(name):
         raise UserError(f"--device {name}: there is none here; use --device {best}")
     device = torch.device(best if name == "auto" else name)
     if device.type == "cuda":
-        torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+        place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if place >= count:
+            raise UserError(f"{place + 1} processes on {count} GPUs; use --nproc_per_node={count}")
+        torch.cuda.set_device(device := torch.device("cuda", place))
         torch.set_float32_matmul_precision("high")  # TF32
     if device.type == "cpu" and sys.platform == "linux":  # glibc would give the memory of each large tensor
         with contextlib.suppress(AttributeError):  # back to the system, and take it again page by page
@@ -889,11 +915,10 @@ class Run:
     """A training run: its configuration and folder, the losses on the way, the wish to stop."""
 
     def __init__(self, flags, training):
-        self.began, self.pending, self.wish, self.stop = time.perf_counter(), [], False, False
+        self.began, self.asked, self.pending, self.wish, self.stop = time.perf_counter(), 0, [], False, False
         name = flags.get("data", "auto")
         if name == "auto":
             name = next((n for n, inside in AUTO.items() if Path("data", n, inside).exists()), "demo")
-        say(f"data: {name}" + (f" (generated; {REAL})" if name == "demo" else ""))
         self.device, self.ckpt = pick_device(flags.get("device", "auto")), {}
         self.cfg, box = Config(**PRESETS.get(name, {}) | flags | {"data": name}), [None]
         if training and RANK == 0:  # rank 0 picks the folder, and tells the others
@@ -903,34 +928,49 @@ class Run:
         self.folder = box[0]
         if training and (last := self.folder / "last.pt").exists():
             self.ckpt = load_checkpoint(last)
-            self.cfg = merge(self.ckpt, flags, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+            typed = {k: v for k, v in flags.items() if v != "auto" or k in FREE}
+            self.cfg = merge(self.ckpt, typed, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+        say(f"data: {self.cfg.data}" + (f" (generated; {REAL})" if self.cfg.data == "demo" else ""))
         self.cfg.dtype = pick_dtype(self.cfg.dtype, self.device)
         start = {"step": 0, "best": None, "window": [], "seconds": 0.0}
         self.step, self.best, self.window, self.seconds = (self.ckpt.get(k, v) for k, v in start.items())
         self.mark = self.began, self.step
         if training and RANK == 0:  # the log goes on from the checkpoint's step
             path = self.folder / "log.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else []
-            kept = [s for s in lines if (r := json.loads(s))["step"] <= self.step and r["split"] != "test"]
-            path.write_text("".join(f"{s}\n" for s in kept), encoding="utf-8")
+            kept, part = [], path.with_suffix(".part")
+            for line in path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else ():
+                with contextlib.suppress(ValueError):  # what a full disk cut short
+                    record = json.loads(line)
+                    kept += [line + "\n"] * (record["step"] <= self.step and record["split"] != "test")
+            part.write_text("".join(kept), encoding="utf-8")
+            os.replace(part, path)
             self.log = path.open("a", encoding="utf-8", buffering=1)
         for number in (signal.SIGINT, signal.SIGTERM) if training else ():
             signal.signal(number, self.ask_to_stop)
 
     def pick_folder(self, base, flags):
         """The folder to write into: one that holds a run is continued or left alone."""
-        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))]
+        base = base if base.name else base.resolve()
+        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000) if base.name)]
         runs = {p: (p / "last.pt").stat().st_mtime for p in family if (p / "last.pt").exists()}
-        folder = next(p for p in family if not (p / "log.jsonl").exists())
         if flags.get("resume"):
             folder = max(runs, key=runs.get) if runs and not flags.get("out") else base
+            folder.mkdir(parents=True, exist_ok=True)
+        for folder in family if not flags.get("resume") else ():
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # of a run that began at the same time
+                if folder not in runs:
+                    (folder / "log.jsonl").touch(exist_ok=False)
+                    break
         say(f"run: {folder}" + (" continued" if folder in runs else f" ({base} is taken)" * (folder != base)))
-        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def ask_to_stop(self, number, _):
-        self.wish = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        self.wish, now = True, time.perf_counter()
+        if self.asked and now - self.asked > 2:  # a second one, if not torchrun's copy of the first
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = self.asked or now
 
     def step_done(self, losses, total, count, lr):
         """After each step: (evaluate, save), the same on all ranks. `losses` is {name: scalar on the device},
@@ -1033,7 +1073,7 @@ def draw_curves(folder):
 def bench(run, raw, fetch, update, count):
     """Times the training step, eager, then compiled, and prints a JSON line: fetch(step) -> batch is the wait
     for data, update(step, batch) the computation; `count` items are in a step."""
-    wait = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
+    wait = getattr(torch, run.device.type).synchronize
     with FlopCounterMode(display=False) as flops:
         update(1, fetch(1))
     result = {"script": SCRIPT, "data": run.cfg.data, "device": str(run.device), "dtype": run.cfg.dtype,
@@ -1068,6 +1108,7 @@ def main(argv=None):
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
     old = ckpt or (load_checkpoint(cfg.init) if cfg.init else {})
     if cfg.init:  # the layout goes with the weights
+        merge(old, flags, cfg.init, {"backbone", "weights"})
         cfg.backbone, cfg.weights = (old["config"][name] for name in ("backbone", "weights"))
     if cfg.weights == "none" and not ckpt:
         preset = {**SCRATCH, **PRESETS.get(cfg.data, {}), **flags}
@@ -1087,7 +1128,10 @@ def main(argv=None):
         f"{', '.join(f'{n:,} {name}' for n, name in zip(counts[1:].tolist(), classes))}; steps: {total:,}")
     if mode == "train" and RANK == 0:
         names = {name: [item["name"] for item in part] for name, part in parts.items()}
-        (run.folder / "split.json").write_text(json.dumps(names, indent=1), encoding="utf-8")
+        text, path = json.dumps(names, indent=1), run.folder / "split.json"
+        if ckpt and path.exists() and path.read_text(encoding="utf-8") != text:
+            raise UserError(f"{path}: the images of --data {cfg.data} are others now; start anew")
+        path.write_text(text, encoding="utf-8")
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, classes, device, trained=bool(old))
@@ -1147,8 +1191,9 @@ def main(argv=None):
 
 
 def learning_rate(cfg, step, schedule):
-    """Linear warm-up, then half a cosine down to zero."""
-    return cfg.lr * min(step / max(1, cfg.warmup), 0.5 + 0.5 * math.cos(math.pi * step / schedule), 1)
+    """Linear warm-up, in a third of a short schedule at most, then half a cosine down to zero."""
+    warmup = max(1, min(cfg.warmup, schedule // 3))
+    return cfg.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / schedule))
 
 
 if __name__ == "__main__":

@@ -939,10 +939,14 @@ def parse_args(argv):
         parser.add_argument(*dict.fromkeys([f"--{f.name}", "--" + f.name.replace("_", "-")]), **how)
     flags = vars(parser.parse_intermixed_args(argv))
     mode, *inputs = flags.pop("words") or ["train"]
-    for name, value in flags.items():  # sizes, intervals and epochs are at least 1, other numbers 0
-        least = int(name.endswith(("_size", "_dim", "_every", "epochs")))
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            refuse(f"--{name} {value}: must be finite, and at least {least}")
+    for name, value in flags.items():  # sizes, intervals and counts are at least 1, other numbers 0
+        usual, least, most = getattr(Config, name), 0, 2**63 - 1
+        if type(usual) is int and usual > 0 and not re.search("warmup|layers", name):
+            least = 1
+        if limits := re.match(r"(\d+) to ([\d.]+), ", comments[name]):  # or what a comment begins with
+            least, most = map(float, limits.groups())
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            refuse(f"--{name} {value}: must be {least:g} to {most:g}")
     if mode not in MODES:
         refuse(f"{mode!r} is none of the modes {', '.join(MODES)}")
     takes = re.match(r"([A-Z .[\]]+): ", MODES[mode])  # "FOLDER: ..." must have inputs, "[TEXT]: ..." may
@@ -958,7 +962,10 @@ def pick_device(name):
         raise UserError(f"--device {name}: there is none here; use --device {best}")
     device = torch.device(best if name == "auto" else name)
     if device.type == "cuda":
-        torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+        place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if place >= count:
+            raise UserError(f"{place + 1} processes on {count} GPUs; use --nproc_per_node={count}")
+        torch.cuda.set_device(device := torch.device("cuda", place))
         torch.set_float32_matmul_precision("high")  # TF32
     if device.type == "cpu" and sys.platform == "linux":  # glibc would give the memory of each large tensor
         with contextlib.suppress(AttributeError):  # back to the system, and take it again page by page
@@ -1040,11 +1047,10 @@ class Run:
     """A training run: its configuration and folder, the losses on the way, the wish to stop."""
 
     def __init__(self, flags, training):
-        self.began, self.pending, self.wish, self.stop = time.perf_counter(), [], False, False
+        self.began, self.asked, self.pending, self.wish, self.stop = time.perf_counter(), 0, [], False, False
         name = flags.get("data", "auto")
         if name == "auto":
             name = next((n for n, inside in AUTO.items() if Path("data", n, inside).exists()), "demo")
-        say(f"data: {name}" + (f" (generated; {REAL})" if name == "demo" else ""))
         self.device, self.ckpt = pick_device(flags.get("device", "auto")), {}
         self.cfg, box = Config(**PRESETS.get(name, {}) | flags | {"data": name}), [None]
         if training and RANK == 0:  # rank 0 picks the folder, and tells the others
@@ -1054,34 +1060,49 @@ class Run:
         self.folder = box[0]
         if training and (last := self.folder / "last.pt").exists():
             self.ckpt = load_checkpoint(last)
-            self.cfg = merge(self.ckpt, flags, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+            typed = {k: v for k, v in flags.items() if v != "auto" or k in FREE}
+            self.cfg = merge(self.ckpt, typed, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+        say(f"data: {self.cfg.data}" + (f" (generated; {REAL})" if self.cfg.data == "demo" else ""))
         self.cfg.dtype = pick_dtype(self.cfg.dtype, self.device)
         start = {"step": 0, "best": None, "window": [], "seconds": 0.0}
         self.step, self.best, self.window, self.seconds = (self.ckpt.get(k, v) for k, v in start.items())
         self.mark = self.began, self.step
         if training and RANK == 0:  # the log goes on from the checkpoint's step
             path = self.folder / "log.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else []
-            kept = [s for s in lines if (r := json.loads(s))["step"] <= self.step and r["split"] != "test"]
-            path.write_text("".join(f"{s}\n" for s in kept), encoding="utf-8")
+            kept, part = [], path.with_suffix(".part")
+            for line in path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else ():
+                with contextlib.suppress(ValueError):  # what a full disk cut short
+                    record = json.loads(line)
+                    kept += [line + "\n"] * (record["step"] <= self.step and record["split"] != "test")
+            part.write_text("".join(kept), encoding="utf-8")
+            os.replace(part, path)
             self.log = path.open("a", encoding="utf-8", buffering=1)
         for number in (signal.SIGINT, signal.SIGTERM) if training else ():
             signal.signal(number, self.ask_to_stop)
 
     def pick_folder(self, base, flags):
         """The folder to write into: one that holds a run is continued or left alone."""
-        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))]
+        base = base if base.name else base.resolve()
+        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000) if base.name)]
         runs = {p: (p / "last.pt").stat().st_mtime for p in family if (p / "last.pt").exists()}
-        folder = next(p for p in family if not (p / "log.jsonl").exists())
         if flags.get("resume"):
             folder = max(runs, key=runs.get) if runs and not flags.get("out") else base
+            folder.mkdir(parents=True, exist_ok=True)
+        for folder in family if not flags.get("resume") else ():
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # of a run that began at the same time
+                if folder not in runs:
+                    (folder / "log.jsonl").touch(exist_ok=False)
+                    break
         say(f"run: {folder}" + (" continued" if folder in runs else f" ({base} is taken)" * (folder != base)))
-        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def ask_to_stop(self, number, _):
-        self.wish = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        self.wish, now = True, time.perf_counter()
+        if self.asked and now - self.asked > 2:  # a second one, if not torchrun's copy of the first
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = self.asked or now
 
     def step_done(self, losses, total, count, lr):
         """After each step: (evaluate, save), the same on all ranks. `losses` is {name: scalar on the device},
@@ -1184,7 +1205,7 @@ def draw_curves(folder):
 def bench(run, raw, fetch, update, count):
     """Times the training step, eager, then compiled, and prints a JSON line: fetch(step) -> batch is the wait
     for data, update(step, batch) the computation; `count` items are in a step."""
-    wait = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
+    wait = getattr(torch, run.device.type).synchronize
     with FlopCounterMode(display=False) as flops:
         update(1, fetch(1))
     result = {"script": SCRIPT, "data": run.cfg.data, "device": str(run.device), "dtype": run.cfg.dtype,
@@ -1301,8 +1322,9 @@ def main(argv=None):
 
 
 def learning_rate(cfg, step, schedule):
-    """Linear warm-up, then half a cosine down to zero."""
-    return cfg.lr * min(step / max(1, cfg.warmup), 0.5 + 0.5 * math.cos(math.pi * step / schedule), 1)
+    """Linear warm-up, in a third of a short schedule at most, then half a cosine down to zero."""
+    warmup = max(1, min(cfg.warmup, schedule // 3))
+    return cfg.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / schedule))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import http.client
 import inspect
 import io
 import json
@@ -87,14 +88,14 @@ class Config:
     train_tgt: str = ""  # its translation, line by line
     size: str = "small"  # tiny|small|base 4 layers of 128, FFN 256; 3 of 256, 512; the paper's 6 of 512, 2048
     vocab_size: int = 6000  # of the joint byte-pair encoding; less if the text holds less
-    max_len: int = 100  # tokens of the longest sentence; longer ones are cut, with a warning
+    max_len: int = 100  # 3 to 1024, tokens of the longest sentence; longer ones are cut, with a warning
     epochs: int = 22  # length of the training
     warmup: int = 300  # steps in which the learning rate rises
-    dropout: float = 0.25  # on embeddings and on what each sublayer adds
-    label_smoothing: float = 0.1  # probability shared out over the vocabulary
-    ema: float = 0.995  # decay of the weights' moving average, which is what is tested
+    dropout: float = 0.25  # 0 to 0.99, on embeddings and on what each sublayer adds
+    label_smoothing: float = 0.1  # 0 to 1, probability shared out over the vocabulary
+    ema: float = 0.995  # 0 to 1, decay of the weights' moving average, which is what is tested
     beam_size: int = 5  # hypotheses kept in beam search
-    length_penalty: float = 2.0  # alpha of Wu et al., 2016, equation 14; more favours longer sentences
+    length_penalty: float = 2.0  # 0 to 100, alpha of Wu et al. (2016, eq. 14); more favours longer sentences
 
 
 # d_model, heads, layers, d_ff
@@ -166,7 +167,7 @@ class Attention(nn.Module):
             mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
         return self.join(attention_weights(q, k, mask) @ v)
 
-    def weights(self, x, memory=None, mask=None, causal=False):
+    def weights(self, x, memory=None, mask=None):
         q, k, _ = self.project(x, memory)
         return attention_weights(q, k, mask)
 
@@ -416,7 +417,7 @@ def download(url, path, digest):
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
             content = answer.read()
-    except OSError as e:
+    except (OSError, http.client.HTTPException) as e:
         raise UserError(f"{url}: no download ({e}); data/README.md says what goes where") from None
     if hashlib.sha256(content).hexdigest() != digest:
         raise UserError(f"{url}: its SHA-256 is not the known one; get it by hand: data/README.md")
@@ -424,6 +425,17 @@ def download(url, path, digest):
     part = path.with_suffix(".part")
     part.write_bytes(content)
     os.replace(part, path)
+
+
+def decode_lines(raw, name):
+    """The lines of bytes, without the space around them."""
+    lines = raw.removesuffix(b"\n").split(b"\n") if raw else []
+    for number, line in enumerate(lines, 1):
+        try:
+            lines[number - 1] = line.decode("utf-8").strip()
+        except UnicodeDecodeError as e:
+            raise UserError(f"{name}, line {number}: not UTF-8 ({e.reason}); convert it") from None
+    return lines
 
 
 def read_pair(*paths):
@@ -435,12 +447,7 @@ def read_pair(*paths):
             raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
         except (OSError, EOFError, zlib.error) as e:
             raise UserError(f"{path}: missing or truncated ({e}); see data/README.md") from None
-        lines = raw.removesuffix(b"\n").split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                lines[number - 1] = line.decode("utf-8").strip()
-            except UnicodeDecodeError as e:
-                raise UserError(f"{path}, line {number}: not UTF-8 ({e.reason}); convert the file") from None
+        lines = decode_lines(raw, path)
         if not any(lines):
             raise UserError(f"{path}: is empty; it takes one sentence a line")
         sides.append(lines)
@@ -452,31 +459,33 @@ def read_pair(*paths):
 
 def load_data(cfg):
     """{"train", "val" and the name of each test split: (source sentences, target sentences)}."""
-    name, form = Path(cfg.data).name.removesuffix("-tok"), "tok" if cfg.data.endswith("-tok") else "raw"
+    name, form = cfg.data.removesuffix("-tok"), "tok" if cfg.data.endswith("-tok") else "raw"
     folder, end = Path("data", name, form), ".lc.norm.tok" if form == "tok" else ""
-    if cfg.data == "multi30k" and not folder.exists() and RANK == 0:
-        for file, digest in DIGESTS.items():
+    for file, digest in DIGESTS.items() if cfg.data == "multi30k" and RANK == 0 else ():
+        if not (folder / file).exists():
             download(f"{URL}/raw/{file}", folder / file, digest)
     if WORLD > 1:
         dist.barrier()
-    if folder.exists():
+    if cfg.data not in ("demo", "own") and folder.exists():
         names = sorted(p.name.removesuffix(f"{end}.en.gz") for p in folder.glob(f"*{end}.en.gz"))
+        if not set(names) - {"train", "val"}:
+            raise UserError(f"{folder}: holds no test split; data/README.md says what goes where")
         return {split: read_pair(*(folder / f"{split}{end}.{side}.gz" for side in ("en", "de")))
                 for split in dict.fromkeys(["train", "val", *names])}
-    if cfg.train_src or cfg.train_tgt:
+    if cfg.data == "own":
         pairs = read_pair(cfg.train_src, cfg.train_tgt)
     elif cfg.data == "demo":
         pairs = demo_pairs(9000)
     else:
-        raise UserError(f"--data {cfg.data}: none of demo, multi30k, multi30k-tok; your own two files go to "
-                        "--train_src and --train_tgt")
-    whole = [pair for pair in zip(*pairs) if all(pair)]
+        raise UserError(f"--data {cfg.data}: neither demo nor multi30k, and nothing in {folder}, of which "
+                        "data/README.md tells; your own two files go to --train_src and --train_tgt")
+    # a pair that is there twice must not be trained on and tested with
+    whole = list(dict.fromkeys(pair for pair in zip(*pairs) if all(pair)))
     held = min(1000, len(whole) // 18)
     if not held:
-        raise UserError(f"{len(whole)} pairs are too few: it takes 18")
-    if cfg.data != "demo":  # a pair that is there twice must not be trained on and tested with
+        raise UserError(f"{len(whole)} different pairs are too few: it takes 18")
+    if cfg.data != "demo":
         say(f"note: the last {held} different pairs are for the test, {held} before them for validation")
-        whole = list(dict.fromkeys(whole))
     parts = {"train": whole[: -2 * held], "val": whole[-2 * held : -held], "test": whole[-held:]}
     return {split: [list(side) for side in zip(*part)] for split, part in parts.items()}
 
@@ -523,7 +532,8 @@ class Batches:
             if (i + 1 - starts[-1]) * length > budget and i > starts[-1]:
                 starts.append(i)
         self.cuts = list(zip(starts, [*starts[1:], len(src)]))
-        self.flat = [torch.tensor(sum(side, []), dtype=torch.int32, device=device) for side in (src, tgt)]
+        flat = (torch.from_numpy(np.concatenate(side)).int() for side in (src, tgt))
+        self.flat = [ids.to(device) for ids in flat]
         self.begin = [torch.tensor(np.cumsum([0, *map(len, side[:-1])])).to(device) for side in (src, tgt)]
         self.tokens = [int(self.sorted[a:b, 0].sum()) for a, b in self.cuts]  # target tokens of each batch
 
@@ -643,7 +653,7 @@ def perplexity(model, src, tgt, device):
         sums[0] += F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=PAD, reduction="sum")
         sums[1] += (y != PAD).sum()
     total, count = all_sum(sums).tolist()
-    return math.exp(total / count)
+    return math.exp(min(total / count, 700))
 
 
 def evaluate(model, sp, cfg, pair, device, beam_size):
@@ -704,28 +714,34 @@ def build(cfg, sp, device):
     return Transformer(sp.vocab_size(), d_model, n_heads, n_layers, d_ff, cfg.dropout).to(device)
 
 
+def vocabulary_of(ckpt, path):
+    if "vocabulary" not in ckpt:
+        raise UserError(f"{path}: holds no vocabulary; take the best.pt of a run")
+    return ckpt["vocabulary"]
+
+
 def predict(mode, inputs, flags):
     """Every mode that uses a trained model."""
     with contextlib.redirect_stdout(sys.stderr if mode == "translate" else sys.stdout):  # there, text only
         cfg, ckpt, device, folder = open_checkpoint(flags)
-    if "vocabulary" not in ckpt:
-        raise UserError(f"{cfg.ckpt}: holds no vocabulary; take the best.pt of a run")
-    sp = tokenizer(ckpt["vocabulary"])
+    sp = tokenizer(vocabulary_of(ckpt, cfg.ckpt))
     model = build(cfg, sp, device).eval()
     load_weights(model, ckpt["model"], cfg.ckpt)
     if mode == "eval":
         figures = score(model, sp, cfg, load_data(cfg), folder, device)
-        say(f"{show(figures, ', ', '.6g')}\nnrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0, "
-            f"bleu_lc_none: case:lc, tok:none\nwritten: {folder}/*.hyp.txt")
+        cased, lower = ("bleu_13a", "bleu") if cfg.data.endswith("-tok") else ("bleu", "bleu_lc_none")
+        say(f"{show(figures, ', ', '.6g')}\nwritten: {folder}/*.hyp.txt\n{lower}: case:lc, tok:none\n"
+            f"{cased}: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0")
         return
-    lines = [line.strip() for line in (inputs or sys.stdin)]
+    lines = [line.strip() for line in inputs] or decode_lines(sys.stdin.buffer.read(), "the standard input")
     with contextlib.redirect_stdout(sys.stderr):
         ids = encode_text(sp, filter(None, lines), cfg.max_len)
     done = iter(translate(model, sp, ids, cfg, device, cfg.beam_size) if ids else ())
     for line in lines:
         say(next(done) if line else "")
-    if inputs:
-        draw(model, sp, cfg, [line for line in lines if line][:1], folder, device)
+    with contextlib.redirect_stdout(sys.stderr):
+        for line in list(filter(None, lines))[:1] if inputs else ():
+            draw(model, sp, cfg, [line], folder, device)
 
 
 # ---- runtime: identical in all five scripts ----
@@ -780,10 +796,14 @@ def parse_args(argv):
         parser.add_argument(*dict.fromkeys([f"--{f.name}", "--" + f.name.replace("_", "-")]), **how)
     flags = vars(parser.parse_intermixed_args(argv))
     mode, *inputs = flags.pop("words") or ["train"]
-    for name, value in flags.items():  # sizes, intervals and epochs are at least 1, other numbers 0
-        least = int(name.endswith(("_size", "_dim", "_every", "epochs")))
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            refuse(f"--{name} {value}: must be finite, and at least {least}")
+    for name, value in flags.items():  # sizes, intervals and counts are at least 1, other numbers 0
+        usual, least, most = getattr(Config, name), 0, 2**63 - 1
+        if type(usual) is int and usual > 0 and not re.search("warmup|layers", name):
+            least = 1
+        if limits := re.match(r"(\d+) to ([\d.]+), ", comments[name]):  # or what a comment begins with
+            least, most = map(float, limits.groups())
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            refuse(f"--{name} {value}: must be {least:g} to {most:g}")
     if mode not in MODES:
         refuse(f"{mode!r} is none of the modes {', '.join(MODES)}")
     takes = re.match(r"([A-Z .[\]]+): ", MODES[mode])  # "FOLDER: ..." must have inputs, "[TEXT]: ..." may
@@ -799,7 +819,10 @@ def pick_device(name):
         raise UserError(f"--device {name}: there is none here; use --device {best}")
     device = torch.device(best if name == "auto" else name)
     if device.type == "cuda":
-        torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+        place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if place >= count:
+            raise UserError(f"{place + 1} processes on {count} GPUs; use --nproc_per_node={count}")
+        torch.cuda.set_device(device := torch.device("cuda", place))
         torch.set_float32_matmul_precision("high")  # TF32
     if device.type == "cpu" and sys.platform == "linux":  # glibc would give the memory of each large tensor
         with contextlib.suppress(AttributeError):  # back to the system, and take it again page by page
@@ -881,11 +904,10 @@ class Run:
     """A training run: its configuration and folder, the losses on the way, the wish to stop."""
 
     def __init__(self, flags, training):
-        self.began, self.pending, self.wish, self.stop = time.perf_counter(), [], False, False
+        self.began, self.asked, self.pending, self.wish, self.stop = time.perf_counter(), 0, [], False, False
         name = flags.get("data", "auto")
         if name == "auto":
             name = next((n for n, inside in AUTO.items() if Path("data", n, inside).exists()), "demo")
-        say(f"data: {name}" + (f" (generated; {REAL})" if name == "demo" else ""))
         self.device, self.ckpt = pick_device(flags.get("device", "auto")), {}
         self.cfg, box = Config(**PRESETS.get(name, {}) | flags | {"data": name}), [None]
         if training and RANK == 0:  # rank 0 picks the folder, and tells the others
@@ -895,34 +917,49 @@ class Run:
         self.folder = box[0]
         if training and (last := self.folder / "last.pt").exists():
             self.ckpt = load_checkpoint(last)
-            self.cfg = merge(self.ckpt, flags, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+            typed = {k: v for k, v in flags.items() if v != "auto" or k in FREE}
+            self.cfg = merge(self.ckpt, typed, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+        say(f"data: {self.cfg.data}" + (f" (generated; {REAL})" if self.cfg.data == "demo" else ""))
         self.cfg.dtype = pick_dtype(self.cfg.dtype, self.device)
         start = {"step": 0, "best": None, "window": [], "seconds": 0.0}
         self.step, self.best, self.window, self.seconds = (self.ckpt.get(k, v) for k, v in start.items())
         self.mark = self.began, self.step
         if training and RANK == 0:  # the log goes on from the checkpoint's step
             path = self.folder / "log.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else []
-            kept = [s for s in lines if (r := json.loads(s))["step"] <= self.step and r["split"] != "test"]
-            path.write_text("".join(f"{s}\n" for s in kept), encoding="utf-8")
+            kept, part = [], path.with_suffix(".part")
+            for line in path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else ():
+                with contextlib.suppress(ValueError):  # what a full disk cut short
+                    record = json.loads(line)
+                    kept += [line + "\n"] * (record["step"] <= self.step and record["split"] != "test")
+            part.write_text("".join(kept), encoding="utf-8")
+            os.replace(part, path)
             self.log = path.open("a", encoding="utf-8", buffering=1)
         for number in (signal.SIGINT, signal.SIGTERM) if training else ():
             signal.signal(number, self.ask_to_stop)
 
     def pick_folder(self, base, flags):
         """The folder to write into: one that holds a run is continued or left alone."""
-        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))]
+        base = base if base.name else base.resolve()
+        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000) if base.name)]
         runs = {p: (p / "last.pt").stat().st_mtime for p in family if (p / "last.pt").exists()}
-        folder = next(p for p in family if not (p / "log.jsonl").exists())
         if flags.get("resume"):
             folder = max(runs, key=runs.get) if runs and not flags.get("out") else base
+            folder.mkdir(parents=True, exist_ok=True)
+        for folder in family if not flags.get("resume") else ():
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # of a run that began at the same time
+                if folder not in runs:
+                    (folder / "log.jsonl").touch(exist_ok=False)
+                    break
         say(f"run: {folder}" + (" continued" if folder in runs else f" ({base} is taken)" * (folder != base)))
-        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def ask_to_stop(self, number, _):
-        self.wish = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        self.wish, now = True, time.perf_counter()
+        if self.asked and now - self.asked > 2:  # a second one, if not torchrun's copy of the first
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = self.asked or now
 
     def step_done(self, losses, total, count, lr):
         """After each step: (evaluate, save), the same on all ranks. `losses` is {name: scalar on the device},
@@ -1025,7 +1062,7 @@ def draw_curves(folder):
 def bench(run, raw, fetch, update, count):
     """Times the training step, eager, then compiled, and prints a JSON line: fetch(step) -> batch is the wait
     for data, update(step, batch) the computation; `count` items are in a step."""
-    wait = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
+    wait = getattr(torch, run.device.type).synchronize
     with FlopCounterMode(display=False) as flops:
         update(1, fetch(1))
     result = {"script": SCRIPT, "data": run.cfg.data, "device": str(run.device), "dtype": run.cfg.dtype,
@@ -1054,18 +1091,17 @@ def bench(run, raw, fetch, update, count):
 @one_line_errors()
 def main(argv=None):
     mode, inputs, flags = parse_args(argv)
+    if flags.get("train_src") or flags.get("train_tgt"):  # the user's two files are a data set of their own
+        if flags.setdefault("data", "own") != "own":
+            raise UserError(f"--data {flags['data']}: --train_src and --train_tgt are another data set")
     if mode not in ("train", "bench"):
         return predict(mode, inputs, flags)
-    if flags.get("train_src"):  # two files of the user's are a data set of their own
-        flags.setdefault("data", "own")
     run = Run(flags, training=mode == "train")
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
-    if cfg.max_len > 1024 or cfg.max_len < 3:
-        raise UserError(f"--max_len {cfg.max_len}: must be 3 to 1024")
 
     data = load_data(cfg)
     old = ckpt or (load_checkpoint(cfg.init) if cfg.init else {})  # weights and vocabulary belong together
-    vocabulary = old["vocabulary"] if old else train_vocabulary(sum(data["train"], []), cfg)
+    vocabulary = vocabulary_of(old, cfg.init) if old else train_vocabulary(sum(data["train"], []), cfg)
     sp = tokenizer(vocabulary)
     batches = Batches(*(encode_text(sp, side, cfg.max_len) for side in data["train"]), cfg.batch_size, device)
     schedule = len(batches.cuts) * cfg.epochs
@@ -1074,7 +1110,8 @@ def main(argv=None):
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, sp, device)
-    average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # so that 2 % of the first weights are left at most
+    average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(decay))
     if old:
         load_weights(raw, old["model"], cfg.init, strict=bool(ckpt))
         average.module.load_state_dict(ckpt.get("average", raw.state_dict()))
@@ -1140,8 +1177,10 @@ def main(argv=None):
 
 
 def learning_rate(cfg, step, schedule):
-    """Linear warm-up, then as 1 / sqrt(step) (equation 3), and in the last fifth linearly down to zero."""
-    rate = cfg.lr * min(step / max(1, cfg.warmup), (max(1, cfg.warmup) / step) ** 0.5)
+    """Linear warm-up, in half of a short schedule at most, then as 1 / sqrt(step) (equation 3), and in the
+    last fifth linearly down to zero."""
+    warmup = max(1, min(cfg.warmup, schedule // 2))
+    rate = cfg.lr * min(step / warmup, (warmup / step) ** 0.5)
     return rate * min(1, 5 * (1 - step / (schedule + 1)))
 
 

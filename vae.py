@@ -41,6 +41,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import statistics
 import sys
@@ -236,11 +237,15 @@ def read_images(folder, size):
         try:
             with Image.open(path) as image:
                 kinds.add((image.mode, *image.size))
+                if "A" in image.mode or "transparency" in image.info:  # what shines through is white
+                    paper, image = Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+                    image = Image.alpha_composite(paper, image)
                 if image.mode[0] in "IF":  # more than 8 bits, which convert("L") would clip
-                    values = np.asarray(image, float)
+                    values = np.asarray(image, float).clip(0)
                     image = Image.fromarray((values * 255 / max(1, values.max())).astype(np.uint8))
                 grey = ImageOps.pad(ImageOps.exif_transpose(image).convert("L"), (size, size))
-            images, kept = [*images, np.asarray(grey)], [*kept, path]
+            images.append(np.asarray(grey))
+            kept.append(path)
         except Exception as e:  # a damaged image can raise nearly anything
             bad.append(f"{path} ({type(e).__name__})")
     if bad:
@@ -255,36 +260,44 @@ def read_images(folder, size):
 def load_data(cfg):
     """{"train", "val", "test": (images (N, H, W) uint8, labels (N,)), "classes": their names, if any}."""
     folder, test = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data), None
-    if cfg.data in AUTO and not folder.exists():
+    if cfg.data in AUTO and not folder.exists() and RANK == 0:
         from torchvision.datasets import MNIST, FashionMNIST
         say(f"downloading {cfg.data} into {folder}")
+        part = folder.with_suffix(".part")  # so that a folder that is there is whole
+        shutil.rmtree(part, ignore_errors=True)
         try:
-            (MNIST if cfg.data == "mnist" else FashionMNIST)(folder, download=True)
+            (MNIST if cfg.data == "mnist" else FashionMNIST)(part, download=True)
+            os.replace(part, folder)
         except Exception as e:
             raise UserError(f"{folder}: no download ({e}); data/README.md says what goes where") from None
+    if WORLD > 1:
+        dist.barrier()  # the other processes wait for rank 0
     if cfg.data == "demo":
         (images, labels), classes = demo_images(12000), list(OUTLINES)
     elif not folder.is_dir():
         raise UserError(f"--data {cfg.data}: no such folder, and none of demo, {', '.join(AUTO)}")
     elif any(folder.rglob("*-ubyte*")):
-        classes = FASHION if any(folder.rglob("FashionMNIST")) else [str(digit) for digit in range(10)]
+        fashion = "FashionMNIST" in str(next(folder.rglob("*-ubyte*")).resolve())
+        classes = FASHION if fashion else [str(digit) for digit in range(10)]
         kinds = "images-idx3", "labels-idx1"
         (images, labels), test = ([read_idx(folder, f"{part}-{kind}") for kind in kinds]
                                   for part in ("train", "t10k"))
         for x, y in ((images, labels), test):
-            if x.dim() != 3 or not len(x) or y.shape != x.shape[:1] or y.max() > 9:
+            if x.shape[1:] != images.shape[1:] or not x.numel() or y.shape != x.shape[:1] or y.max() > 9:
                 raise UserError(f"{folder}: {tuple(y.shape)} labels for {tuple(x.shape)} images")
     else:
         images, paths = read_images(folder, cfg.image_size)
         names = [path.relative_to(folder).parts[0] for path in paths if path.parent != folder]
         classes = sorted(set(names)) if len(names) == len(paths) else []
         labels = torch.tensor([classes.index(name) for name in names] if classes else [0] * len(paths))
+        rank = [seed_for(path.relative_to(folder).as_posix()) for path in paths]  # another file moves few
     if len(images) < 10 or max(images.shape[1:]) > cfg.image_size:
         raise UserError(f"--data {cfg.data}: {len(images)} images of {tuple(images.shape[1:])}: it takes 10, "
                         f"and an --image_size that holds them, not {cfg.image_size}")
     order, share = torch.arange(len(images)), len(images) // 6  # the literature validates on the last sixth
     if test is None:  # no test set of its own: shuffled, a tenth each to test and to validate
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        order = order if cfg.data == "demo" else torch.tensor(rank).argsort()
         share = len(images) // 10
         order, chosen = order[share:], order[:share]
         test = images[chosen], labels[chosen]
@@ -457,8 +470,7 @@ def draw(model, cfg, ckpt, data, folder, device):
         save_grid(model, torch.cartesian_prod(-axis, axis).flip(1).to(device), folder / "manifold.png", 20)
     if not ckpt["classes"]:
         return
-    z = path_between(ckpt, cfg.from_class, cfg.to_class)
-    save_grid(model, z.to(device), folder / "interpolation.png", 10)
+    save_grid(model, path_between(ckpt, "", "").to(device), folder / "interpolation.png", 10)
     if not (figure := new_figure(8, 6.5)):
         return
     flat = cfg.latent_dim <= 2
@@ -507,6 +519,8 @@ def predict(mode, inputs, flags):
         z = path_between(ckpt, cfg.from_class, cfg.to_class)
         save_grid(model, z.to(device), path := folder / "interpolation.png", 10)
     else:
+        if len(inputs) > 1:
+            raise UserError(f"encode takes one folder, not {' '.join(inputs)}")
         images, paths = read_images(inputs[0], cfg.image_size)
         np.save(path := folder / "codes.npy", codes(model, images, cfg, device).numpy())
         (folder / "files.txt").write_text("".join(f"{p}\n" for p in paths), encoding="utf-8")
@@ -565,10 +579,14 @@ def parse_args(argv):
         parser.add_argument(*dict.fromkeys([f"--{f.name}", "--" + f.name.replace("_", "-")]), **how)
     flags = vars(parser.parse_intermixed_args(argv))
     mode, *inputs = flags.pop("words") or ["train"]
-    for name, value in flags.items():  # sizes, intervals and epochs are at least 1, other numbers 0
-        least = int(name.endswith(("_size", "_dim", "_every", "epochs")))
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            refuse(f"--{name} {value}: must be finite, and at least {least}")
+    for name, value in flags.items():  # sizes, intervals and counts are at least 1, other numbers 0
+        usual, least, most = getattr(Config, name), 0, 2**63 - 1
+        if type(usual) is int and usual > 0 and not re.search("warmup|layers", name):
+            least = 1
+        if limits := re.match(r"(\d+) to ([\d.]+), ", comments[name]):  # or what a comment begins with
+            least, most = map(float, limits.groups())
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            refuse(f"--{name} {value}: must be {least:g} to {most:g}")
     if mode not in MODES:
         refuse(f"{mode!r} is none of the modes {', '.join(MODES)}")
     takes = re.match(r"([A-Z .[\]]+): ", MODES[mode])  # "FOLDER: ..." must have inputs, "[TEXT]: ..." may
@@ -584,7 +602,10 @@ def pick_device(name):
         raise UserError(f"--device {name}: there is none here; use --device {best}")
     device = torch.device(best if name == "auto" else name)
     if device.type == "cuda":
-        torch.cuda.set_device(device := torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))))
+        place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if place >= count:
+            raise UserError(f"{place + 1} processes on {count} GPUs; use --nproc_per_node={count}")
+        torch.cuda.set_device(device := torch.device("cuda", place))
         torch.set_float32_matmul_precision("high")  # TF32
     if device.type == "cpu" and sys.platform == "linux":  # glibc would give the memory of each large tensor
         with contextlib.suppress(AttributeError):  # back to the system, and take it again page by page
@@ -666,11 +687,10 @@ class Run:
     """A training run: its configuration and folder, the losses on the way, the wish to stop."""
 
     def __init__(self, flags, training):
-        self.began, self.pending, self.wish, self.stop = time.perf_counter(), [], False, False
+        self.began, self.asked, self.pending, self.wish, self.stop = time.perf_counter(), 0, [], False, False
         name = flags.get("data", "auto")
         if name == "auto":
             name = next((n for n, inside in AUTO.items() if Path("data", n, inside).exists()), "demo")
-        say(f"data: {name}" + (f" (generated; {REAL})" if name == "demo" else ""))
         self.device, self.ckpt = pick_device(flags.get("device", "auto")), {}
         self.cfg, box = Config(**PRESETS.get(name, {}) | flags | {"data": name}), [None]
         if training and RANK == 0:  # rank 0 picks the folder, and tells the others
@@ -680,34 +700,49 @@ class Run:
         self.folder = box[0]
         if training and (last := self.folder / "last.pt").exists():
             self.ckpt = load_checkpoint(last)
-            self.cfg = merge(self.ckpt, flags, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+            typed = {k: v for k, v in flags.items() if v != "auto" or k in FREE}
+            self.cfg = merge(self.ckpt, typed, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+        say(f"data: {self.cfg.data}" + (f" (generated; {REAL})" if self.cfg.data == "demo" else ""))
         self.cfg.dtype = pick_dtype(self.cfg.dtype, self.device)
         start = {"step": 0, "best": None, "window": [], "seconds": 0.0}
         self.step, self.best, self.window, self.seconds = (self.ckpt.get(k, v) for k, v in start.items())
         self.mark = self.began, self.step
         if training and RANK == 0:  # the log goes on from the checkpoint's step
             path = self.folder / "log.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else []
-            kept = [s for s in lines if (r := json.loads(s))["step"] <= self.step and r["split"] != "test"]
-            path.write_text("".join(f"{s}\n" for s in kept), encoding="utf-8")
+            kept, part = [], path.with_suffix(".part")
+            for line in path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else ():
+                with contextlib.suppress(ValueError):  # what a full disk cut short
+                    record = json.loads(line)
+                    kept += [line + "\n"] * (record["step"] <= self.step and record["split"] != "test")
+            part.write_text("".join(kept), encoding="utf-8")
+            os.replace(part, path)
             self.log = path.open("a", encoding="utf-8", buffering=1)
         for number in (signal.SIGINT, signal.SIGTERM) if training else ():
             signal.signal(number, self.ask_to_stop)
 
     def pick_folder(self, base, flags):
         """The folder to write into: one that holds a run is continued or left alone."""
-        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000))]
+        base = base if base.name else base.resolve()
+        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000) if base.name)]
         runs = {p: (p / "last.pt").stat().st_mtime for p in family if (p / "last.pt").exists()}
-        folder = next(p for p in family if not (p / "log.jsonl").exists())
         if flags.get("resume"):
             folder = max(runs, key=runs.get) if runs and not flags.get("out") else base
+            folder.mkdir(parents=True, exist_ok=True)
+        for folder in family if not flags.get("resume") else ():
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # of a run that began at the same time
+                if folder not in runs:
+                    (folder / "log.jsonl").touch(exist_ok=False)
+                    break
         say(f"run: {folder}" + (" continued" if folder in runs else f" ({base} is taken)" * (folder != base)))
-        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def ask_to_stop(self, number, _):
-        self.wish = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        self.wish, now = True, time.perf_counter()
+        if self.asked and now - self.asked > 2:  # a second one, if not torchrun's copy of the first
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = self.asked or now
 
     def step_done(self, losses, total, count, lr):
         """After each step: (evaluate, save), the same on all ranks. `losses` is {name: scalar on the device},
@@ -810,7 +845,7 @@ def draw_curves(folder):
 def bench(run, raw, fetch, update, count):
     """Times the training step, eager, then compiled, and prints a JSON line: fetch(step) -> batch is the wait
     for data, update(step, batch) the computation; `count` items are in a step."""
-    wait = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
+    wait = getattr(torch, run.device.type).synchronize
     with FlopCounterMode(display=False) as flops:
         update(1, fetch(1))
     result = {"script": SCRIPT, "data": run.cfg.data, "device": str(run.device), "dtype": run.cfg.dtype,
@@ -846,6 +881,8 @@ def main(argv=None):
 
     data = load_data(cfg)
     images, size = data["train"][0].to(device), min(cfg.batch_size, len(data["train"][0]))
+    if size < WORLD:
+        raise UserError(f"--batch_size {size}: fewer images a step than the {WORLD} processes")
     val = test_pixels(data["val"][0], cfg)
     per_epoch = len(images) // size
     schedule = per_epoch * cfg.epochs
@@ -884,7 +921,7 @@ def main(argv=None):
             logits, mu, logvar = model(x)
         error = reconstruction_error(cfg.likelihood, logits, x).sum() * WORLD / size
         kl = kl_divergence(mu, logvar).sum() * WORLD / size
-        loss = error + cfg.kl_weight * min(1, step / max(1, cfg.warmup)) * kl
+        loss = error + cfg.kl_weight * warmed_up(cfg, step, schedule) * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(raw.parameters(), 100)  # the usual norm is 100 to 200, one bad batch's 1e9
@@ -919,9 +956,14 @@ def main(argv=None):
     run.finish(figures)
 
 
+def warmed_up(cfg, step, schedule):
+    """Rises linearly to 1, in a third of a short schedule at most."""
+    return min(1, step / max(1, min(cfg.warmup, schedule // 3)))
+
+
 def learning_rate(cfg, step, schedule):
     """Linear warm-up, then half a cosine down to zero."""
-    return cfg.lr * min(step / max(1, cfg.warmup), 0.5 + 0.5 * math.cos(math.pi * step / schedule), 1)
+    return cfg.lr * min(warmed_up(cfg, step, schedule), 0.5 + 0.5 * math.cos(math.pi * step / schedule))
 
 
 if __name__ == "__main__":

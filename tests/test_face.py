@@ -148,6 +148,7 @@ def test_verification_metrics_equal_scikit_learn(ties):
 
 def test_verification_metrics_of_special_cases():
     perfect = face.verification_metrics([0.9, 0.8, 0.1], [1, 1, 0])
+    assert [score > perfect["threshold"] for score in (0.9, 0.8, 0.1)] == [True, True, False]
     assert perfect["auc"] == 1 and perfect["eer"] == 0 and perfect["tar_at_far"] == {0.01: 1.0, 0.001: 1.0}
     assert face.verification_metrics(torch.zeros(4), torch.tensor([True, False, True, False]))["eer"] == 0.5
     for scores, same in (([1, 2], [1, 1]), ([1, 2, 3], [1, 0]), ([1, math.nan], [1, 0]), ([], [])):
@@ -244,13 +245,17 @@ def test_images_of_all_kinds(tmp_path):
         face.read_image(tmp_path / "bomb.png", 16, False)
 
 
-def test_folder_of_people(people, call, tmp_path):
+def test_folder_of_people(people, call, refuses, tmp_path):
     (people / "nobody").mkdir()
     photo(people / "p3/only.png", 100)
     status, out, err = call(NAME, f"--data people {SMALL}")
     assert status == 0 and "13 train of 4 people" in out, err
     assert "1 sub-folders of people are empty" in out and "nobody" in out
     assert "1 people have one image to train on: p3" in out and "verified that are trained on" in out
+    assert "eer" in out and torch.load(tmp_path / "out/convnext_face-people/best.pt", weights_only=True)["threshold"] != 0.5
+    (people / "p3").rename(people / "p4")
+    refuses(NAME, f"--data people {SMALL} --resume", "other people", "start anew")
+    (people / "p4").rename(people / "p3")
     assert list((tmp_path / "data/people/cache").glob("*.pt"))
     photo(people / "p0/0.png", 250)  # the cache notices
     before = face.load_data(face.Config(data="people", image_size=16))["val"][0][0].clone()
@@ -276,6 +281,20 @@ def test_twenty_people_leave_some_unseen(tmp_path, monkeypatch):
     assert len(data["classes"]) == 19 and data["known"] == 2 and len(data["unseen"][1]) == 8
     assert {name.split("/")[0] for name in data["names"]} == {"n09", "n19"}
     assert [len(data[split][1]) for split in ("train", "val", "test")] == [38, 19, 19]
+
+
+def test_what_verifies_comes_from_all_people(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(200):
+        for k in range(60 if i % 10 == 9 else 3):
+            path = tmp_path / f"crowd/n{i:03}/{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    monkeypatch.setattr(face, "read_faces", lambda paths, *_: (torch.zeros(len(paths), 3, 1, 1), list(range(len(paths)))))
+    data = face.load_data(face.Config(data="crowd", image_size=16))
+    owners = [name.split("/")[0] for name in data["names"]]
+    assert data["known"] == 20 and len(owners) == 1020 and set(owners[:20]) == set(owners[20:])
+    assert face.spread(range(5)) == range(5) and face.spread(range(10), 4) == [0, 2, 5, 7]
 
 
 def test_unreadable_images(people, call, refuses):
@@ -407,6 +426,9 @@ def test_pairs_that_do_not_fit(lfw, trained, refuses):
         (lfw / "bad.txt").write_text(text)
         refuses(NAME, f"{start} bad.txt", "bad.txt", *words)
     refuses(NAME, f"{start} none.txt", "none.txt")
+    lines = (lfw / "pairs.txt").read_text().splitlines()
+    (lfw / "bad.txt").write_text("\n".join([lines[0], *sorted(lines[1:], key=len)]))  # those of one person first
+    refuses(NAME, f"{start} bad.txt", "bad.txt", "part 1 of 5", "each kind")
     refuses(NAME, f"eval --ckpt {trained} --pairs pairs.txt", "--images")
     (lfw / "lfw/P_2/P_2_0003.jpg").unlink()
     refuses(NAME, f"{start} pairsDevTest.txt", "P_2_0003.jpg", "missing")

@@ -111,6 +111,8 @@ def test_a_signal_saves_and_says_how_to_continue(name, number, tmp_path):
     for line in process.stdout:
         if line.startswith("train"):
             process.send_signal(number)
+            time.sleep(0.1)
+            process.send_signal(number)  # torchrun's copy of a signal to the whole group
             break
     out, err = process.communicate()
     assert process.returncode == 0 and "--resume" in out, err
@@ -203,6 +205,7 @@ def test_bad_input_is_one_line(name, tmp_path, refuses, call):
     refuses(name, "--lr nan", "--lr")
     refuses(name, "--batch_size 0", "--batch_size")
     refuses(name, "--batch-size -3", "--batch_size")
+    refuses(name, f"--seed {2**63}", "--seed")
     refuses(name, "--device tpu", "tpu")
     refuses(name, "dance", "dance", "train")
     refuses(name, "bench extra", "extra")
@@ -217,10 +220,23 @@ def test_bad_input_is_one_line(name, tmp_path, refuses, call):
     assert call(name, f"{small} --out run")[0] == 0
     refuses(name, f"{small} --out run --resume {TABLE[name]['shape_flag']}", *TABLE[name]["shape_flag"].split())
     refuses(name, f"{small} --out run --resume --lr 0.5", "--lr", "start anew")
+    with (tmp_path / "run" / "log.jsonl").open("a") as f:
+        f.write('{"step": 1, "spl')  # cut short by a full disk
+    assert call(name, f"{small} --out run --resume --data auto --dtype auto")[0] == 0
+    assert "spl" not in (tmp_path / "run" / "log.jsonl").read_text().replace("split", "")
     refuses(name, f"eval --ckpt run/best.pt {TABLE[name]['shape_flag']}", TABLE[name]["shape_flag"].split()[0])
     data = (tmp_path / "run" / "last.pt").read_bytes()
     (tmp_path / "run" / "last.pt").write_bytes(data[: len(data) // 2])
     refuses(name, f"{small} --out run --resume", "last.pt", "not a readable checkpoint")
+
+
+@each_script
+@pytest.mark.parametrize("schedule", [30, 60, 180, 4000])
+def test_a_short_run_reaches_its_learning_rate(name, schedule):
+    module = importlib.import_module(name)
+    cfg = module.Config()
+    rates = [module.learning_rate(cfg, step, schedule) for step in range(1, schedule + 1)]
+    assert 0.7 * cfg.lr < max(rates) <= cfg.lr * 1.0001 and rates[0] < 0.2 * cfg.lr and rates[-1] < 0.2 * cfg.lr
 
 
 @each_script
@@ -231,6 +247,8 @@ def test_runs_never_share_a_folder(name, tmp_path, call):
     status, out, _ = call(name, small)
     assert status == 0 and f"out/{name}-demo-2" in out
     assert (tmp_path / "out" / f"{name}-demo" / "last.pt").read_bytes() == before
+    pick = importlib.import_module(name).Run.pick_folder
+    assert pick(None, tmp_path / "r", {}) != pick(None, tmp_path / "r", {})  # of two that begin at the same time
     status, out, _ = call(name, small.replace("--max_steps 1", "--max_steps 2") + " --resume")  # the newest of them
     assert status == 0 and f"out/{name}-demo-2 continued" in out
 

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import shutil
 import urllib.error
 
 import fasterrcnn_mask as mask
@@ -147,7 +148,9 @@ BOMB = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;"
 
 @pytest.mark.parametrize("text", [
     "", "not xml", "<annotation><object>", "<html></html>", BOMB + "<annotation>&b;</annotation>",
-    "<annotation><object><bndbox/></object></annotation>", "<annotation><object><name>x</name></object></annotation>",
+    '<?xml version="1.0" encoding="none-such"?><annotation/>', "<annotation><object><bndbox/></object></annotation>",
+    "<annotation><object><name> </name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></object>"
+    "</annotation>", "<annotation><object><name>x</name></object></annotation>",
     "<annotation><object><name>x</name><bndbox><xmin>a</xmin></bndbox></object></annotation>"])
 def test_malformed_annotations(text, tmp_path):
     (tmp_path / "a.xml").write_text(text)
@@ -361,6 +364,15 @@ def test_training_losses_do_not_depend_on_batch_mates(model):
         torch.testing.assert_close(together[key][1:2], value, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backbone, weights, strides", [
+    ("mobilenet", "none", [8, 16]), ("mobilenet", "coco", [32, 32]), ("resnet50", "none", [4, 8, 16, 32])])
+def test_strides_do_not_come_from_the_first_image(backbone, weights, strides):
+    net = mask.build(mask.Config(backbone=backbone, weights=weights, image_size=64), ["a"], torch.device("cpu"), trained=True)
+    flat = mask.prepare(Image.new("RGB", (64, 43)), 64)
+    mask.detections(net, [flat], torch.device("cpu"))
+    assert net.roi_heads.box_roi_pool.scales == [1 / s for s in strides]
+
+
 def test_nothing_but_the_backbone_is_compiled():
     built = mask.build(mask.Config(backbone="mobilenet", weights="none", image_size=64), ["a"], torch.device("cpu"))
     built.compile(backend="eager")
@@ -422,10 +434,16 @@ def test_modes_on_a_voc_folder(trained, call, refuses):
 
 
 def test_classes(trained, call, refuses):
+    (trained / "images/23.png").rename(trained / "images/23.bmp")
+    refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --out run --resume", "split.json", "start anew")
+    (trained / "images/23.bmp").rename(trained / "images/23.png")
+    voc(trained / "annotations/00.xml", [], size=(30, 20))  # drawn on a smaller copy
+    assert "made for (30, 20)" in call("fasterrcnn_mask", f"--data {trained} {SMALL} --out other")[1]
     path = voc(trained / "annotations/00.xml", [("helmet", 5, 5, 25, 30)])
     refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --classes mask,none", str(path), "helmet", "--classes")
     refuses("fasterrcnn_mask", "eval --ckpt run/best.pt", str(path), "helmet")
     refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --out run --resume", "helmet", "start anew")
+    refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --init run/best.pt --out no --backbone resnet50", "--backbone resnet50")
     status, out, err = call("fasterrcnn_mask", f"--data {trained} {SMALL} --init run/best.pt --out more")
     assert status == 0 and "not taken from run/best.pt" in out and "cls_score" in out, err  # heads of another size
 
@@ -437,6 +455,9 @@ def test_bad_input(tmp_path, refuses, folder):
     path = voc(folder / "more/07.xml", [])
     refuses("fasterrcnn_mask", f"--data {folder} {SMALL}", "twice", "07.xml")
     path.unlink()
+    shutil.copy(folder / "images/08.png", folder / "08.bmp")  # such as VOC's masks, or the pictures that `detect` drew
+    refuses("fasterrcnn_mask", f"--data {folder} {SMALL}", "twice", "08.bmp", "08.png")
+    (folder / "08.bmp").unlink()
     for i in range(24):
         voc(folder / f"annotations/{i:02}.xml", [])
     refuses("fasterrcnn_mask", f"--data {folder} {SMALL}", "24 images, 0 classes")

@@ -239,7 +239,7 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_bad_files(files, refuses):
+def test_bad_files(files, refuses, monkeypatch):
     own = f"{SMALL} --train_src a --train_tgt "
     refuses("transformer_mt", own + "missing", "missing")
     (files / "short").write_text("eins\nzwei\n")
@@ -257,6 +257,21 @@ def test_bad_files(files, refuses):
     refuses("transformer_mt", f"{SMALL} --data nowhere", "nowhere", "--train_src")
     refuses("transformer_mt", own + "b --beam_size 0", "--beam_size")
     refuses("transformer_mt", own + "b --max_len 2", "--max_len")
+    for flag, value in (("dropout", 1), ("ema", 2), ("label_smoothing", 1.5), ("length_penalty", 300)):
+        refuses("transformer_mt", f"{own} b --{flag} {value}", f"--{flag} {value}")
+    refuses("transformer_mt", own + "b --data demo", "--data demo", "--train_src")
+    for name, side in zip("ef", "ab"):  # 60 lines, but 6 different ones
+        (files / name).write_text("\n".join((files / side).read_text().splitlines()[:6] * 10))
+    refuses("transformer_mt", f"{SMALL} --train_src e --train_tgt f", "6 different", "too few")
+    raw = files / "data" / "multi30k" / "raw"
+    raw.mkdir(parents=True)
+    monkeypatch.setattr(mt, "download", lambda url, path, digest: asked.append(path.name))
+    asked = []
+    for name in ("train.en", "train.de", "val.en", "val.de"):
+        (raw / f"{name}.gz").write_bytes(gzip.compress(b"Ja .\n"))
+    refuses("transformer_mt", f"{SMALL} --data multi30k", "no test split")
+    assert asked == ["test_2016_flickr.en.gz", "test_2016_flickr.de.gz"]
+    refuses("transformer_mt", f"{SMALL} --data multi30k-tok", "multi30k/tok", "data/README.md")
     refuses("transformer_mt", own + "b --vocab_size 10", "--vocab_size")
 
 
@@ -267,19 +282,27 @@ def test_own_files_from_training_to_translation(files, call, refuses, monkeypatc
     wide = SMALL.replace("--vocab_size 120", "--vocab_size 100000")  # larger than the text supports
     status, out, err = call("transformer_mt", f"{wide} --train_src a --train_tgt b")
     assert status == 0 and "final test bleu" in out and "are cut" in out, err
-    monkeypatch.setattr("sys.stdin", io.StringIO("The old man.\n\n漢字 Ω ☃\n   \n" + "very " * 200 + "\n"))
+    pipe = lambda raw: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))  # noqa: E731
+    pipe(("The old man.\n\n漢字 Ω ☃\n   \n" + "very " * 200 + "\n").encode())
     status, out, err = call("transformer_mt", "translate")
     lines = out.split("\n")
     assert status == 0 and len(lines) == 6 and lines[1] == lines[3] == lines[5] == "" and "checkpoint:" in err
     assert "cut" in err
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    pipe(b"")
     assert call("transformer_mt", "translate")[:2] == (0, "")
+    pipe(b"A man.\n\xff\n")
+    refuses("transformer_mt", "translate", "line 2", "not UTF-8")
+    assert call("transformer_mt", ["translate", ""])[:2] == (0, "\n")
+    status, out, err = call("transformer_mt", ["translate", "very " * 200])
+    assert status == 0 and len(out.splitlines()) == 1 and "cut" in err
     status, out, _ = call("transformer_mt", ["translate", "--beam_size", "3", "a man", "a dog"])
     assert status == 0 and len(out.splitlines()) == 2
     ckpt = torch.load("out/transformer_mt-own/best.pt", weights_only=True)
     del ckpt["vocabulary"]
     torch.save(ckpt, "bare.pt")
     refuses("transformer_mt", "translate --ckpt bare.pt hello", "no vocabulary")
+    refuses("transformer_mt", f"{wide} --train_src a --train_tgt b --init bare.pt", "no vocabulary")
+    refuses("transformer_mt", "translate --max_len 1 --beam_size 1 hello", "--max_len", "3 to 1024")
 
 
 def test_eval_writes_what_sacrebleu_scores(files, call):
@@ -289,6 +312,10 @@ def test_eval_writes_what_sacrebleu_scores(files, call):
     data = mt.load_data(mt.Config(data="own", train_src="a", train_tgt="b"))
     expected = sacrebleu.corpus_chrf(hyps, [data["test"][1]]).score
     assert status == 0 and float(re.search(r"chrf ([\d.]+)", out)[1]) == pytest.approx(expected, rel=1e-5)
+    for name, side in zip("cd", "ab"):  # other files than those of the training
+        (files / name).write_text("\n".join((files / side).read_text().splitlines()[:36]))
+    assert call("transformer_mt", "eval --train_src c --train_tgt d")[0] == 0
+    assert len((files / "out/transformer_mt-own/test.hyp.txt").read_text(encoding="utf-8").splitlines()) == 2
 
 
 @pytest.mark.skipif(not mt.Path(mt.__file__).with_name("data").joinpath("multi30k").exists(), reason="data/multi30k is not there")
