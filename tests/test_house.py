@@ -111,7 +111,7 @@ def test_a_signal_saves_and_says_how_to_continue(name, number, tmp_path):
     for line in process.stdout:
         if line.startswith("train"):
             process.send_signal(number)
-            time.sleep(0.1)
+            time.sleep(0.01)
             process.send_signal(number)  # torchrun's copy of a signal to the whole group
             break
     out, err = process.communicate()

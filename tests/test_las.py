@@ -163,11 +163,6 @@ def test_attention_is_by_content_and_by_moves(model):
         before = state[-1].numpy().copy()
 
 
-def test_gradients_of_the_location_term():
-    x, moves = torch.rand(3, 40, dtype=torch.float64), torch.randn(3, 2 * las.REACH + 1, dtype=torch.float64)
-    assert torch.autograd.gradcheck(las.Location.apply, (x.requires_grad_(), moves.requires_grad_()))
-
-
 @torch.no_grad()
 def test_moves_alone_make_a_diagonal():
     net = las.LAS(6, 12, hidden=8, layers=1, speller=16).eval()
