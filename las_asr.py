@@ -106,7 +106,7 @@ MODES = {"train": "(default) train and test", "eval": "test a checkpoint, hypoth
 SHAPE = {"hidden", "stack", "layers", "speller"}  # what a checkpoint alone decides
 CPU_BF16 = True  # measured: 1.3 times as fast as float32 on a CPU that multiplies bfloat16
 PAD, BOS, EOS = 0, 1, 2
-REACH = 16  # frames of the listener, to each side, within which the speller knows where it listened last
+REACH = 16  # frames of the listener, to each side, within which the speller knows where it has listened
 ALPHABET = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -216,22 +216,27 @@ class Listener(nn.Module):
         return locked_dropout(x, self.dropout, self.training), lengths
 
 
-def location(attention, moves):
-    """The energies' location term: the attention to the character before, (N, T'), correlated with a filter
-    for each hypothesis, moves (N, 2 REACH + 1) -> (N, T'). moves[:, REACH - d] is what a frame gains if the
-    speller was d frames before it. No gradient goes back to that attention: it came in bursts of ten times
-    the usual norm, which clipping answers by learning less, of all weights."""
-    near = F.pad(attention.detach(), (REACH, REACH)).unfold(1, 2 * REACH + 1, 1)  # (N, T', 2 REACH + 1)
+def location(coverage, moves):
+    """The energies' location term: the coverage, what was listened to so far, (N, T'), correlated with a
+    filter for each hypothesis, moves (N, 2 REACH + 1) -> (N, T'). moves[:, REACH - d] is what a frame gains
+    if the one d frames before it is covered. All before the sound counts as covered, nothing behind it."""
+    near = F.pad(F.pad(coverage, (REACH, 0), value=1.0), (0, REACH)).unfold(1, 2 * REACH + 1, 1)
     return (near @ moves[:, :, None])[:, :, 0]
+
+
+def cover(coverage, attention):
+    """Attentions summed up, to 1 at most. No gradient goes back through them: it came in bursts of ten times
+    the usual norm, which clipping answers by learning less, of all weights."""
+    return (coverage + attention.detach()).clamp(max=1)
 
 
 class LAS(nn.Module):
     """Listener, attender and speller: the logits of each character, given the sound and those before.
 
-    The speller looks for what it wants to hear, by content, and knows where it listened last: the location
-    term of Chorowski et al., 2015, but added to the energies as it is, with a filter that the speller's state
-    makes at each character (Battenberg et al., 2020). By content alone (the paper's equation 9) it finds a
-    letter wherever it sounds.
+    The speller looks for what it wants to hear, by content, and knows where it has listened: the location
+    term of Chorowski et al., 2015, but of all attentions so far, added to the energies as it is, with a
+    filter that the speller's state makes at each character (Battenberg et al., 2020). By content alone (the
+    paper's equation 9) it finds a letter wherever it sounds.
     Targets (B, U) end in EOS, filled up with PAD, and carry no BOS: the shift is inside. Sounds have at least
     stack * 2^layers frames, so that one is left after the pyramid.
     """
@@ -259,38 +264,37 @@ class LAS(nn.Module):
 
     def start(self, memory, k=1):
         """The speller's state before the first character, for k hypotheses a sound: h and c of two cells, the
-        context, and an attention to the first frame."""
+        context, and the coverage, all zero."""
         _, values, bias = memory
         h1, c1, h2, c2, context = values.new_zeros(5, k * len(values), values.shape[2]).unbind()
-        attention = F.pad(values.new_ones(k * len(values), 1), (0, bias.shape[1] - 1))
-        return [h1, c1.float(), h2, c2.float(), context, attention]
+        return [h1, c1.float(), h2, c2.float(), context, values.new_zeros(k * len(values), bias.shape[1])]
 
     def step(self, tokens, state, memory):
-        """One character (N,) -> logits (N, V) and the next state, whose last part is the attention (N, T')
+        """One character (N,) -> logits (N, V) and the next state, whose last part is the coverage (N, T')
         (equations 6 to 11). N may be a multiple of B: hypotheses of one sound follow each other."""
-        h1, c1, h2, c2, context, attention = state
+        h1, c1, h2, c2, context, coverage = state
         keys, values, bias = memory
         h1, c1 = self.cells[0](torch.cat([self.embedding(tokens), context], -1), (h1, c1))
         h2, c2 = self.cells[1](h1, (h2, c2))
         energies = h2.unflatten(0, (len(keys), -1)) @ keys.mT + bias[:, None]  # (B, N/B, T')
-        attention = (energies.flatten(0, 1) + location(attention, self.moves(h2))).softmax(-1)
+        attention = (energies.flatten(0, 1) + location(coverage, self.moves(h2))).softmax(-1)
         context = (attention.unflatten(0, (len(keys), -1)) @ values).flatten(0, 1)
-        return self.out(torch.cat([h2, context], -1)), [h1, c1, h2, c2, context, attention]
+        return self.out(torch.cat([h2, context], -1)), [h1, c1, h2, c2, context, cover(coverage, attention)]
 
     def taught_step(self, added, state, weights):
         """The same in training, where the out layer and the gradients of the weights wait for all characters:
         what is added to the products with the detached `weights` of the cells, moves, keys and values -> the
         next state, and what was multiplied, the last of it the attention (B, T')."""
         w1, w2, w3, keys, values = weights
-        h1, c1, h2, c2, context, attention = state
+        h1, c1, h2, c2, context, coverage = state
         x1 = torch.cat([F.dropout(context, self.dropout, self.training), h1], -1)
         h1, c1 = lstm_cell(torch.addmm(added[0], x1, w1.T), c1)
         x2 = torch.cat([h1, h2], -1)
         h2, c2 = lstm_cell(torch.addmm(added[1], x2, w2.T), c2)
-        bias = added[3] + location(attention, torch.addmm(added[2], h2, w3.T))
+        bias = added[3] + location(coverage, torch.addmm(added[2], h2, w3.T))
         attention = torch.baddbmm(bias[:, None], h2[:, None], keys.mT)[:, 0].softmax(-1).to(h2.dtype)
         context = torch.baddbmm(added[4][:, None], attention[:, None], values.mT)[:, 0]
-        return [h1, c1, h2, c2, context, attention], [x1, x2, h2, h2, attention]
+        return [h1, c1, h2, c2, context, cover(coverage, attention)], [x1, x2, h2, h2, attention]
 
     def forward(self, features, lengths, targets, teacher=1.0):
         """(B, T, F), (B,), (B, U) -> logits (B, U, V), attention (B, U, T'), CTC logits (B, T', V). In

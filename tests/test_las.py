@@ -147,19 +147,20 @@ def test_attention_is_by_content_and_by_moves(model):
     memory, _ = model.listen(x, lengths)
     state, tokens = model.start(memory), torch.tensor([las.BOS, 5])
     before = np.zeros(state[-1].shape)
-    before[:, 0] = 1
     for _ in range(3):
         assert np.allclose(state[-1], before)
         _, state = model.step(tokens, state, memory)
         query, moves = model.query(state[2]).numpy(), model.moves(state[2]).numpy()
-        key = model.key(heard).numpy()
+        key, value = model.key(heard).numpy(), model.value(heard).numpy()
         for i, n in enumerate(frames.tolist()):
+            covered = {s: before[i, s] if s >= 0 else 1.0 for s in range(-las.REACH, n)}
             energies = [key[i, t] @ query[i] / 4 + sum(
-                before[i, s] * moves[i, las.REACH + s - t] for s in range(n) if abs(s - t) <= las.REACH) for t in range(n)]
+                covered[s] * moves[i, las.REACH + s - t] for s in covered if abs(s - t) <= las.REACH) for t in range(n)]
             expected = np.exp(energies) / np.exp(energies).sum()
-            assert np.allclose(state[-1][i, :n], expected, atol=1e-6) and not state[-1][i, n:].any()
-        state[-1] = (torch.rand(2, 50) * (torch.arange(50) < frames[:, None])) ** 8  # far from uniform
-        state[-1] /= state[-1].sum(1, keepdim=True)
+            assert np.allclose(state[4][i], expected @ value[i, :n], atol=1e-5)
+            assert np.allclose(state[-1][i, :n], (before[i, :n] + expected).clip(max=1), atol=1e-6)
+            assert not state[-1][i, n:].any()
+        state[-1] = (2 * torch.rand(2, 50)).clamp(max=1) * (torch.arange(50) < frames[:, None])
         before = state[-1].numpy().copy()
 
 
@@ -169,9 +170,9 @@ def test_moves_alone_make_a_diagonal():
     for layer in (net.query, net.moves):
         layer.weight.zero_()
         layer.bias.zero_()
-    net.moves.bias[las.REACH - 2] = 50.0  # from two frames before
+    net.moves.bias[las.REACH - 1], net.moves.bias[las.REACH] = 50.0, -50.0  # to what follows the covered part
     _, attention, _ = net(torch.randn(1, 40, 6), torch.tensor([40]), torch.full((1, 8), 5))
-    assert attention[0].argmax(-1).tolist() == [2, 4, 6, 8, 10, 12, 14, 16] and attention.max(-1)[0].min() > 0.99
+    assert attention[0].argmax(-1).tolist() == [*range(8)] and attention.max(-1)[0].min() > 0.99
 
 
 def slow_beam(model, x, k):
