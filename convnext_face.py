@@ -32,6 +32,7 @@ HW2P2 (Kaggle); Huang et al., "Labeled Faces in the Wild", 2007.
 # dependencies = ["torch==2.11.0", "torchvision==0.26.0", "numpy", "matplotlib"]
 # ///
 import argparse
+import atexit
 import contextlib
 import csv
 import ctypes
@@ -44,6 +45,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import signal
 import statistics
 import sys
@@ -394,7 +396,7 @@ def read_faces(paths, size, cache="", lfw=False):
         list(pool.map(read, range(len(paths))))
     if bad:
         say(f"note: {len(bad)} of {len(paths)} images are unreadable, skipped: {', '.join(sorted(bad)[:5])}")
-    if len(good) <= 19 * len(bad):  # none, or more than 5 % of them bad
+    if len(good) < max(1, 19 * len(bad)):  # none, or more than 5 % of them bad
         raise UserError(f"{len(good)} of {len(paths)} images are readable; 95 % must be, and some; not "
                         f"{', '.join(sorted(bad)[:5])}")
     result = images[sorted(good)] if bad else images, sorted(good)
@@ -745,7 +747,7 @@ def judge(model, cfg, path, device):
     pairs, folds = read_pairs(path, Path(cfg.images))
     paths = sorted({file for pair in pairs for file in pair[:2]})
     missing, paths = [str(p) for p in paths if not p.exists()], [p for p in paths if p.exists()]
-    if len(paths) <= 19 * len(missing):
+    if len(paths) < max(1, 19 * len(missing)):
         raise UserError(f"{cfg.images}: of the images that {path} names {len(missing)} are missing, "
                         f"{len(paths)} there, and 95 % must be: {', '.join(missing[:5])}")
     if missing:
@@ -1013,6 +1015,13 @@ def open_checkpoint(flags):
     return cfg, ckpt, pick_device(cfg.device), folder
 
 
+def drop_empty(log):
+    """A run that ended before its first line, of bad data for one, gives its folder back to the next."""
+    with contextlib.suppress(OSError):
+        if not log.stat().st_size:
+            log.unlink()
+
+
 class Run:
     """A training run: its configuration and folder, the losses on the way, the wish to stop."""
 
@@ -1047,6 +1056,7 @@ class Run:
             part.write_text("".join(kept), encoding="utf-8")
             os.replace(part, path)
             self.log = path.open("a", encoding="utf-8", buffering=1)
+            atexit.register(drop_empty, path)
         for number in (signal.SIGINT, signal.SIGTERM) if training else ():
             signal.signal(number, self.ask_to_stop)
 
@@ -1126,6 +1136,10 @@ class Run:
             raise UserError(f"{path}: cannot save ({e}); its old content is whole; make room, --resume")
         all_sum(torch.zeros(1, device=self.device))  # the others wait, so that they read what was saved
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
+
+    def stopped(self):
+        words = ["python", f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--resume"]
+        say(f"stopped at step {self.step}; to continue: {shlex.join(words)}")
 
     def finish(self, figures):
         """The last line of a run, and its learning curves."""
@@ -1303,8 +1317,7 @@ def main(argv=None):
                      centers=centers.state_dict(), classes=data["classes"],
                      optimizers=[o.state_dict() for o in optimizers])
         if run.stop:
-            command = f"python convnext_face.py --data {cfg.data} --out {run.folder} --resume"
-            return say(f"stopped at step {step}; to continue: {command}")
+            return run.stopped()
 
     best = load_checkpoint(run.folder / "best.pt")
     load_weights(average.module, best["model"], run.folder)

@@ -26,6 +26,7 @@ andrewmvd/face-mask-detection (CC0), unpacked into data/face-mask-detection (ima
 # dependencies = ["torch==2.11.0", "torchvision==0.26.0", "numpy", "matplotlib"]
 # ///
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -37,6 +38,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import signal
 import statistics
 import sys
@@ -356,7 +358,7 @@ def voc_scenes(folder, side):
                         ("annotations have boxes outside the image or empty, clipped or dropped", mended)):
         if names:
             say(f"note: {len(names)} {what}: {'; '.join(names[:5])}")
-    if len(items) <= 19 * len(bad):  # none, or more than 5 % of them bad
+    if len(items) < max(1, 19 * len(bad)):  # none, or more than 5 % of them bad
         raise UserError(f"{folder}: {len(items)} of {len(annotations)} annotations NAME.xml have, like their "
                         f"image NAME.*, been readable; 95 % must be, and some ({'; '.join(bad[:2])})")
     return items
@@ -911,6 +913,13 @@ def open_checkpoint(flags):
     return cfg, ckpt, pick_device(cfg.device), folder
 
 
+def drop_empty(log):
+    """A run that ended before its first line, of bad data for one, gives its folder back to the next."""
+    with contextlib.suppress(OSError):
+        if not log.stat().st_size:
+            log.unlink()
+
+
 class Run:
     """A training run: its configuration and folder, the losses on the way, the wish to stop."""
 
@@ -945,6 +954,7 @@ class Run:
             part.write_text("".join(kept), encoding="utf-8")
             os.replace(part, path)
             self.log = path.open("a", encoding="utf-8", buffering=1)
+            atexit.register(drop_empty, path)
         for number in (signal.SIGINT, signal.SIGTERM) if training else ():
             signal.signal(number, self.ask_to_stop)
 
@@ -1024,6 +1034,10 @@ class Run:
             raise UserError(f"{path}: cannot save ({e}); its old content is whole; make room, --resume")
         all_sum(torch.zeros(1, device=self.device))  # the others wait, so that they read what was saved
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
+
+    def stopped(self):
+        words = ["python", f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--resume"]
+        say(f"stopped at step {self.step}; to continue: {shlex.join(words)}")
 
     def finish(self, figures):
         """The last line of a run, and its learning curves."""
@@ -1182,8 +1196,7 @@ def main(argv=None):
         if save:
             run.save("last.pt", model=raw.state_dict(), optimizer=optimizer.state_dict(), classes=classes)
         if run.stop:
-            command = f"python fasterrcnn_mask.py --data {cfg.data} --out {run.folder} --resume"
-            return say(f"stopped at step {step}; to continue: {command}")
+            return run.stopped()
 
     best = load_checkpoint(run.folder / "best.pt")
     load_weights(raw, best["model"], run.folder)

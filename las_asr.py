@@ -28,6 +28,7 @@ loss: Kim et al., "Joint CTC-attention", 2017, arXiv 1609.06773; SpecAugment: Pa
 # dependencies = ["torch==2.11.0", "torchaudio==2.11.0", "numpy", "soundfile", "matplotlib"]
 # ///
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -39,6 +40,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import signal
 import statistics
 import sys
@@ -651,7 +653,7 @@ def prepare(cfg, name, items, speeds):
             say(f"features of {name}: {number + 1:,} of {len(items):,} files")
     if bad:
         say(f"note: {len(bad)} of {len(items)} files are unreadable, skipped: {', '.join(bad[:5])}")
-    if len(items) <= 20 * len(bad):
+    if len(items) < 20 * len(bad):
         raise UserError(f"{cfg.data}: {len(bad)} of {len(items)} files are unreadable, first {bad[0]}")
     if len({part.shape[1] for part in parts}) > 1:
         raise UserError(f"{cfg.data}: the files have different numbers of features per frame")
@@ -1034,6 +1036,13 @@ def open_checkpoint(flags):
     return cfg, ckpt, pick_device(cfg.device), folder
 
 
+def drop_empty(log):
+    """A run that ended before its first line, of bad data for one, gives its folder back to the next."""
+    with contextlib.suppress(OSError):
+        if not log.stat().st_size:
+            log.unlink()
+
+
 class Run:
     """A training run: its configuration and folder, the losses on the way, the wish to stop."""
 
@@ -1068,6 +1077,7 @@ class Run:
             part.write_text("".join(kept), encoding="utf-8")
             os.replace(part, path)
             self.log = path.open("a", encoding="utf-8", buffering=1)
+            atexit.register(drop_empty, path)
         for number in (signal.SIGINT, signal.SIGTERM) if training else ():
             signal.signal(number, self.ask_to_stop)
 
@@ -1147,6 +1157,10 @@ class Run:
             raise UserError(f"{path}: cannot save ({e}); its old content is whole; make room, --resume")
         all_sum(torch.zeros(1, device=self.device))  # the others wait, so that they read what was saved
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
+
+    def stopped(self):
+        words = ["python", f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--resume"]
+        say(f"stopped at step {self.step}; to continue: {shlex.join(words)}")
 
     def finish(self, figures):
         """The last line of a run, and its learning curves."""
@@ -1303,8 +1317,7 @@ def main(argv=None):
         if check:
             draw(raw, data["val"], run.folder / "attention.png", device)
         if run.stop:
-            command = f"python las_asr.py --data {cfg.data} --out {run.folder} --resume"
-            return say(f"stopped at step {step}; to continue: {command}")
+            return run.stopped()
 
     load_weights(raw, load_checkpoint(run.folder / "best.pt")["model"], run.folder)
     figures = score(raw, cfg, data, run.folder, device)

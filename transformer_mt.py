@@ -30,6 +30,7 @@ arXiv 2105.14462. Muon: Jordan et al., 2024; Liu et al., "Muon is Scalable for L
 # dependencies = ["torch==2.11.0", "numpy", "sentencepiece", "matplotlib"]
 # ///
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -44,6 +45,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import signal
 import statistics
 import sys
@@ -900,6 +902,13 @@ def open_checkpoint(flags):
     return cfg, ckpt, pick_device(cfg.device), folder
 
 
+def drop_empty(log):
+    """A run that ended before its first line, of bad data for one, gives its folder back to the next."""
+    with contextlib.suppress(OSError):
+        if not log.stat().st_size:
+            log.unlink()
+
+
 class Run:
     """A training run: its configuration and folder, the losses on the way, the wish to stop."""
 
@@ -934,6 +943,7 @@ class Run:
             part.write_text("".join(kept), encoding="utf-8")
             os.replace(part, path)
             self.log = path.open("a", encoding="utf-8", buffering=1)
+            atexit.register(drop_empty, path)
         for number in (signal.SIGINT, signal.SIGTERM) if training else ():
             signal.signal(number, self.ask_to_stop)
 
@@ -1013,6 +1023,10 @@ class Run:
             raise UserError(f"{path}: cannot save ({e}); its old content is whole; make room, --resume")
         all_sum(torch.zeros(1, device=self.device))  # the others wait, so that they read what was saved
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
+
+    def stopped(self):
+        words = ["python", f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--resume"]
+        say(f"stopped at step {self.step}; to continue: {shlex.join(words)}")
 
     def finish(self, figures):
         """The last line of a run, and its learning curves."""
@@ -1165,8 +1179,7 @@ def main(argv=None):
             run.save("last.pt", model=raw.state_dict(), average=average.module.state_dict(),
                      optimizers=[o.state_dict() for o in optimizers], vocabulary=vocabulary)
         if run.stop:
-            command = f"python transformer_mt.py --data {cfg.data} --out {run.folder} --resume"
-            return say(f"stopped at step {step}; to continue: {command}")
+            return run.stopped()
 
     best = load_checkpoint(run.folder / "best.pt")
     load_weights(average.module, best["model"], run.folder)

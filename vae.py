@@ -29,6 +29,7 @@ binarised at random in training and once for testing; 50,000 / 10,000 / 10,000 i
 # dependencies = ["torch==2.11.0", "torchvision==0.26.0", "numpy", "matplotlib"]
 # ///
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -41,6 +42,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import statistics
@@ -250,7 +252,7 @@ def read_images(folder, size):
             bad.append(f"{path} ({type(e).__name__})")
     if bad:
         say(f"note: {len(bad)} of {len(paths)} images are unreadable, skipped: {', '.join(bad[:5])}")
-    if len(kept) <= 19 * len(bad):  # none, or more than 5 % of them bad
+    if len(kept) < max(1, 19 * len(bad)):  # none, or more than 5 % of them bad
         raise UserError(f"{folder}: {len(kept)} of {len(paths)} images are readable; 95 % must be, and some")
     if kinds != {("L", size, size)}:
         say(f"note: images are turned into {size}x{size} grey ones, among them {sorted(kinds)[:3]}")
@@ -683,6 +685,13 @@ def open_checkpoint(flags):
     return cfg, ckpt, pick_device(cfg.device), folder
 
 
+def drop_empty(log):
+    """A run that ended before its first line, of bad data for one, gives its folder back to the next."""
+    with contextlib.suppress(OSError):
+        if not log.stat().st_size:
+            log.unlink()
+
+
 class Run:
     """A training run: its configuration and folder, the losses on the way, the wish to stop."""
 
@@ -717,6 +726,7 @@ class Run:
             part.write_text("".join(kept), encoding="utf-8")
             os.replace(part, path)
             self.log = path.open("a", encoding="utf-8", buffering=1)
+            atexit.register(drop_empty, path)
         for number in (signal.SIGINT, signal.SIGTERM) if training else ():
             signal.signal(number, self.ask_to_stop)
 
@@ -796,6 +806,10 @@ class Run:
             raise UserError(f"{path}: cannot save ({e}); its old content is whole; make room, --resume")
         all_sum(torch.zeros(1, device=self.device))  # the others wait, so that they read what was saved
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
+
+    def stopped(self):
+        words = ["python", f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--resume"]
+        say(f"stopped at step {self.step}; to continue: {shlex.join(words)}")
 
     def finish(self, figures):
         """The last line of a run, and its learning curves."""
@@ -945,8 +959,7 @@ def main(argv=None):
         if save:
             run.save("last.pt", model=raw.state_dict(), optimizer=optimizer.state_dict())
         if run.stop:
-            command = f"python vae.py --data {cfg.data} --out {run.folder} --resume"
-            return say(f"stopped at step {step}; to continue: {command}")
+            return run.stopped()
 
     best = load_checkpoint(run.folder / "best.pt")
     load_weights(raw, best["model"], run.folder)

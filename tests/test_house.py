@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -105,7 +106,7 @@ def test_killed_and_resumed_is_bitwise_the_same(name, tmp_path):
 @each_script
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_continue(name, number, tmp_path):
-    small = flags(name, "--eval_every 10000 --save_every 10000 --log_every 1")
+    small = [*flags(name, "--eval_every 10000 --save_every 10000 --log_every 1"), "--out", "my runs/it's one"]
     process = subprocess.Popen([sys.executable, ROOT / f"{name}.py", *small], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stdout:
@@ -117,8 +118,8 @@ def test_a_signal_saves_and_says_how_to_continue(name, number, tmp_path):
     out, err = process.communicate()
     assert process.returncode == 0 and "--resume" in out, err
     command = re.search(rf"python {name}\.py (.*--resume)", out)[1]
-    step = torch.load(tmp_path / "out" / f"{name}-demo" / "last.pt", weights_only=True)["step"]
-    done = python(ROOT / f"{name}.py", *command.split(), "--max_steps", step + 2, cwd=tmp_path)
+    step = torch.load(tmp_path / "my runs" / "it's one" / "last.pt", weights_only=True)["step"]
+    done = python(ROOT / f"{name}.py", *shlex.split(command), "--max_steps", step + 2, cwd=tmp_path)
     assert done.returncode == 0 and "final test" in done.stdout, done.stderr
 
 
@@ -251,6 +252,14 @@ def test_runs_never_share_a_folder(name, tmp_path, call):
     assert pick(None, tmp_path / "r", {}) != pick(None, tmp_path / "r", {})  # of two that begin at the same time
     status, out, _ = call(name, small.replace("--max_steps 1", "--max_steps 2") + " --resume")  # the newest of them
     assert status == 0 and f"out/{name}-demo-2 continued" in out
+
+
+def test_a_run_that_ended_before_its_first_line_gives_its_folder_back(tmp_path):
+    (tmp_path / "photos").write_bytes(b"no archive")
+    for _ in range(2):
+        done = python(ROOT / f"{SCRIPTS[0]}.py", "--data", "photos", "--device", "cpu", cwd=tmp_path)
+        assert done.returncode == 2 and "run: out/" in done.stdout and "taken" not in done.stdout
+        assert done.stderr.startswith("error: ") and not [*tmp_path.rglob("log.jsonl")]
 
 
 @each_script
