@@ -263,10 +263,10 @@ def las(flags, rounds, steps):
     optimizers = torch.optim.AdamW(own, 1e-4, fused=True), torch.optim.Adam(far, 1e-4)
     if device.type == "cuda":
         ours.compile()
-    on_device = lengths.to(device)
+    on_device, dtype = lengths.to(device), module.pick_dtype("auto", device)
 
     def our_step(step):
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits, _, ctc = ours(x, on_device, targets)
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) + nn.functional.ctc_loss(
             ctc.float().log_softmax(-1).transpose(0, 1), targets, on_device // 8, torch.full_like(on_device, u),
@@ -284,7 +284,7 @@ def las(flags, rounds, steps):
 
     seconds = alternate({"ours": our_step, "notebook": notebook_step}, rounds, steps, device)
     counts = [sum(p.numel() for p in side) for side in (own, far)]
-    report("las_asr", seconds, "ours", dtype="bfloat16", weights_ours=counts[0], weights_notebook=counts[1])
+    report("las_asr", seconds, "ours", dtype=dtype, weights_ours=counts[0], weights_notebook=counts[1])
 
 
 class Embedded(nn.Module):
