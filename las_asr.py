@@ -9,11 +9,12 @@
     python las_asr.py eval                                   # of the newest out/las_asr-*/best.pt
     python las_asr.py transcribe a.wav b.flac c.mp3          # any length, rate and number of channels
 
-Measured on one thread of a 2-core cloud machine, no GPU, other work beside it; one run each, seed 0:
+Measured on one thread of a 2-core cloud machine without bfloat16 or a GPU (`speech`: half of it on two
+threads, to step 6,600 of 7,012), other work beside it; one run each, seed 0:
 
-    --data demo     0.0 % character errors (CER) in unseen sentences by unseen speakers; 1.2 minutes
+    --data demo     0.7 % character errors (CER) in unseen sentences by unseen speakers; 3.3 minutes
     --data hw4p2    CMU AN4, 50 minutes to learn from: 5.9 % CER, 10.3 % word errors on dev-clean; 62 minutes
-    --data speech   6 hours, natives and learners, 80 log-mels: 38.5 % CER, 70.1 % word errors; 73 minutes
+    --data speech   6 hours, natives and learners, 80 log-mels: 39.3 % CER, 71.7 % word errors; 142 minutes
 
 The preset for LibriSpeech's 100 hours has not been run whole. The literature's figures to aim at there: a
 mean Levenshtein distance below 8.2 on dev-clean, and 4.2 % CER.
