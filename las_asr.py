@@ -42,13 +42,12 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import statistics
 import sys
-import tarfile
 import time
 import unicodedata
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -441,9 +440,7 @@ def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
 # what --data auto looks for in data/NAME
 AUTO = {"librispeech": "LibriSpeech", "speech": "train.tsv", "hw4p2": "train-clean-100"}
 REAL = "--data librispeech downloads 100 hours of read English, 7 GB"
-URL = "https://www.openslr.org/resources/12"
-DIGESTS = {"train-clean-100": "2a93770f6d5c6c964bc36631d331a522",  # MD5, as published there
-           "dev-clean": "42e2234ba48799c1f50f24a7926300a1", "test-clean": "32fa31d27d2e1cad72775fee3f4849a9"}
+PARTS = {"train": "train-clean-100", "val": "dev-clean", "test": "test-clean"}  # of LibriSpeech
 SOUNDS = "BCDFGHJKLMNPQRSTVWXYZ", "AEIOU", "LNRST"  # of a syllable of the demo, mostly without the last
 
 
@@ -559,11 +556,10 @@ def find_utterances(cfg):
     while cfg.data == "librispeech" and not libri.is_dir():  # the other processes wait for rank 0
         time.sleep(1)
     if libri.is_dir():
-        parts = {"train": "train-clean-100", "val": "dev-clean", "test": "test-clean"}
         found = {name: [(Path(list_.parent, f"{line.split()[0]}.flac"), line.split(maxsplit=1)[1])
                         for list_ in sorted((libri / part).rglob("*.trans.txt"))
                         for line in list_.read_text(encoding="utf-8").splitlines() if line.strip()]
-                 for name, part in parts.items() if (libri / part).is_dir()}
+                 for name, part in PARTS.items() if (libri / part).is_dir()}
     elif (folder / "train-clean-100" / "mfcc").is_dir():
         found = {name: [(p, read_transcript(p)) for p in sorted((folder / part / "mfcc").glob("*.npy"))]
                  for name, part in (("train", "train-clean-100"), ("val", "dev-clean"))}
@@ -604,27 +600,18 @@ def read_transcript(path):
 
 
 def download(folder):
-    """LibriSpeech, checked and unpacked into `folder`, where it shows only when it is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, wanted in DIGESTS.items():
-        archive, source = folder / f"{part}.tar.gz", f"{URL}/{part}.tar.gz"
-        try:
-            if not archive.exists():
-                say(f"downloading {source}")
-                urllib.request.urlretrieve(source, archive.with_suffix(".part"))
-                os.replace(archive.with_suffix(".part"), archive)
-            digest = hashlib.md5()
-            with archive.open("rb") as f:
-                for block in iter(lambda: f.read(1 << 20), b""):
-                    digest.update(block)
-            if digest.hexdigest() != wanted:
-                archive.unlink()
-                raise OSError("it arrived damaged, run it again")
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder / "unpacking", filter="data")
-        except OSError as e:
-            raise UserError(f"{source}: no download ({e}); data/README.md says what goes where") from None
-    os.replace(folder / "unpacking" / "LibriSpeech", folder / "LibriSpeech")
+    """LibriSpeech, by torchaudio, which checks its digests, into `folder`, where it shows only when whole."""
+    from torchaudio.datasets import LIBRISPEECH
+    home = folder / "download"  # where the archives stay
+    shutil.rmtree(home / "LibriSpeech", ignore_errors=True)  # what a run that was stopped unpacked
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        for part in PARTS.values():
+            say(f"downloading LibriSpeech's {part} into {home}")
+            LIBRISPEECH(home, part, download=True)
+        os.replace(home / "LibriSpeech", folder / "LibriSpeech")
+    except Exception as e:
+        raise UserError(f"{home}: no download ({e}); data/README.md says what goes where") from None
 
 
 def prepare(cfg, name, items, speeds):

@@ -4,6 +4,8 @@ import json
 import math
 import random
 import shutil
+import tarfile
+import urllib.error
 
 import jiwer
 import numpy as np
@@ -454,18 +456,44 @@ def test_a_checkpoint_of_other_features(call, refuses, tmp_path):
     refuses("las_asr", "eval --ckpt run-wide/best.pt --data narrow --device cpu", "7 features", "13")
 
 
-def test_the_librispeech_layout(call, tmp_path):
+def libri(folder, parts):
     rng = np.random.default_rng(0)
-    for part, speaker in (("train-clean-100", "19"), ("dev-clean", "84")):
-        folder = tmp_path / "LibriSpeech" / part / speaker / "7"
-        folder.mkdir(parents=True)
+    for speaker, part in enumerate(parts):
+        inside = folder / "LibriSpeech" / part / f"{speaker}" / "7"
+        inside.mkdir(parents=True)
         names = [f"{speaker}-7-000{i}" for i in range(3)]
         for name in names:
-            soundfile.write(folder / f"{name}.flac", rng.normal(size=9000) * 0.1, 16000)
-        (folder / f"{speaker}-7.trans.txt").write_text("".join(f"{name} ALL THE WORDS\n" for name in names))
+            soundfile.write(inside / f"{name}.flac", rng.normal(size=9000) * 0.1, 16000)
+        (inside / f"{speaker}-7.trans.txt").write_text("".join(f"{name} ALL THE WORDS\n" for name in names))
+
+
+def test_the_librispeech_layout(call, tmp_path):
+    libri(tmp_path, ("train-clean-100", "dev-clean"))
     status, out, _ = call("las_asr", f"--data . {SMALL} --out run")
     assert status == 0 and "3 train, 3 val; 80 features" in out
     assert "ALL THE WORDS" in (tmp_path / "run" / "val.tsv").read_text()
+
+
+def test_librispeech_is_downloaded_whole_or_not_at_all(call, refuses, tmp_path, monkeypatch):
+    libri(tmp_path / "made", las.PARTS.values())
+    asked, down = [], {"dev-clean"}
+
+    def fetch(url, path, **_):
+        asked.append(part := url.split("/")[-1].removesuffix(".tar.gz"))
+        if part in down:
+            raise urllib.error.URLError("no network")
+        with tarfile.open(path, "w:gz") as tar:
+            tar.add(tmp_path / "made" / "LibriSpeech" / part, f"LibriSpeech/{part}")
+
+    monkeypatch.setattr("torchaudio.datasets.librispeech.download_url_to_file", fetch)
+    home = tmp_path / "data" / "librispeech"
+    refuses("las_asr", f"--data librispeech {SMALL}", "no network", "data/README.md")
+    assert not (home / "LibriSpeech").exists()
+    next((home / "download" / "LibriSpeech").rglob("*.flac")).unlink()  # as if killed while it unpacked
+    down.clear()
+    status, out, _ = call("las_asr", f"--data librispeech {SMALL}")
+    assert status == 0 and "3 train, 3 val, 3 test; 80 features" in out
+    assert asked == ["train-clean-100", "dev-clean", "dev-clean", "test-clean"]  # what has arrived is kept
 
 
 @pytest.mark.skipif(not (ROOT / "data" / "librispeech").exists(), reason="data/librispeech is not there")
