@@ -997,8 +997,7 @@ class Run:
             *rows, wish = (all_sum(rows) / WORLD).tolist()  # the shares' mean is the loss of the global batch
             for step, row in enumerate(rows, self.step - len(rows) + 1):
                 if not all(map(math.isfinite, row)):
-                    raise UserError(f"step {step}: the loss is not finite, {dict(zip(losses, row))}; last.pt "
-                                    "is from before: start anew with a lower --lr, or --dtype float32")
+                    raise not_finite(step, f"the loss, {dict(zip(losses, row))},")
             self.window, self.pending = self.window + rows, []
             self.stop = wish[0] > 0 and self.step < total
         if log:
@@ -1019,6 +1018,9 @@ class Run:
 
     def save(self, name, **state):
         """Rank 0 writes the checkpoint: whole or not at all, whatever happens meanwhile."""
+        for key, weight in state["model"].items():  # a gradient may be infinite where the loss was not
+            if not weight.isfinite().all():
+                raise not_finite(self.step, key)
         seconds = self.seconds + time.perf_counter() - self.began
         state |= {"script": SCRIPT, "config": dataclasses.asdict(self.cfg), "step": self.step,
                   "best": self.best, "window": self.window, "seconds": seconds}
@@ -1048,6 +1050,11 @@ class Run:
             draw_curves(self.folder)
         say(f"log and pictures: {self.folder}\n"
             f"final test {show(figures, ', ', '.5g')} | {minutes:.1f} min | {peak_gb(self.device):.1f} GB")
+
+
+def not_finite(step, what):
+    return UserError(f"step {step}: {what} is not finite; last.pt is from before: start anew with a lower "
+                     "--lr, or --dtype float32")
 
 
 def show(figures, between, form):

@@ -275,17 +275,25 @@ def test_init_starts_from_the_weights_given(name, tmp_path, call):
 
 
 @each_script
-def test_a_loss_that_is_not_finite_ends_the_run(name, tmp_path, refuses, monkeypatch):
+@pytest.mark.parametrize("what", ["step_done", "save"])
+def test_a_loss_or_weight_that_is_not_finite_ends_the_run(name, what, tmp_path, refuses, monkeypatch):
     module = __import__(name)
-    plain = module.Run.step_done
+    plain = getattr(module.Run, what)
 
-    def poisoned(run, losses, *args):
+    def poisoned_loss(run, losses, *args):
         if run.step == 4:
             losses = {k: v * float("nan") for k, v in losses.items()}
         return plain(run, losses, *args)
-    monkeypatch.setattr(module.Run, "step_done", poisoned)
-    refuses(name, " ".join(flags(name, "--max_steps 9 --save_every 3 --log_every 100 --out run")), "step 5", "nan")
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 3
+
+    def poisoned_weights(run, file, **state):
+        if run.step == 6:
+            next(iter(state["model"].values()))[..., -1] = float("inf")
+        return plain(run, file, **state)
+    monkeypatch.setattr(module.Run, what, poisoned_loss if what == "step_done" else poisoned_weights)
+    words = ("step 5", "nan") if what == "step_done" else ("step 6", "is not finite")
+    refuses(name, " ".join(flags(name, "--max_steps 9 --save_every 3 --log_every 100 --out run")), *words)
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert last["step"] == 3 and all(v.isfinite().all() for v in last["model"].values())
 
 
 @each_script
