@@ -296,7 +296,8 @@ def beam_search(model, src, beam_size=5, length_penalty=1.0, max_len=100):
     when beam_size of its hypotheses have ended; one beam is greedy decoding."""
     b, k, device = len(src), beam_size, src.device
     state, tokens = model.start(src, k, max_len), torch.full((b * k,), BOS, device=device)
-    scores = torch.full((b, k), -math.inf, device=device).index_fill(1, torch.tensor(0, device=device), 0.0)
+    scores = torch.full((b, k), -math.inf, device=device)
+    scores[:, 0] = 0.0
     alive = torch.full((b, k, max_len), PAD, device=device)
     done, done_scores = alive.clone(), torch.full((b, k), -math.inf, device=device)
     first = torch.arange(b, device=device)[:, None] * k  # row of each sentence's first beam
@@ -895,6 +896,8 @@ def open_checkpoint(flags):
     newest = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=lambda p: p.stat().st_mtime)
     path = flags.get("ckpt") or (newest[-1] if newest else f"out/{SCRIPT}-demo/best.pt")
     ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
+    if any(key.startswith("optimizer") for key in ckpt):
+        raise UserError(f"{path}: is what --resume goes on from; name the best.pt beside it")
     cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
     best = "none yet" if ckpt["best"] is None else f"{ckpt['best']:.5g}"
     say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {best}")

@@ -678,6 +678,8 @@ def open_checkpoint(flags):
     newest = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=lambda p: p.stat().st_mtime)
     path = flags.get("ckpt") or (newest[-1] if newest else f"out/{SCRIPT}-demo/best.pt")
     ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
+    if any(key.startswith("optimizer") for key in ckpt):
+        raise UserError(f"{path}: is what --resume goes on from; name the best.pt beside it")
     cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
     best = "none yet" if ckpt["best"] is None else f"{ckpt['best']:.5g}"
     say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {best}")

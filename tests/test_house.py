@@ -225,6 +225,7 @@ def test_bad_input_is_one_line(name, tmp_path, refuses, call):
         f.write('{"step": 1, "spl')  # cut short by a full disk
     assert call(name, f"{small} --out run --resume --data auto --dtype auto")[0] == 0
     assert "spl" not in (tmp_path / "run" / "log.jsonl").read_text().replace("split", "")
+    refuses(name, "eval --ckpt run/last.pt --device cpu", "last.pt", "best.pt")
     refuses(name, f"eval --ckpt run/best.pt {TABLE[name]['shape_flag']}", TABLE[name]["shape_flag"].split()[0])
     data = (tmp_path / "run" / "last.pt").read_bytes()
     (tmp_path / "run" / "last.pt").write_bytes(data[: len(data) // 2])

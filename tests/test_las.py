@@ -208,6 +208,17 @@ def test_beam_search_equals_one_in_lists(model):
             expected = slow_beam(model, part, k)
             assert row == expected[1] and score == pytest.approx(expected[0], abs=1e-4)
     assert las.greedy_decode(model, x, lengths) == las.beam_search(model, x, lengths, 1)[0] != rows
+    for row, score in zip(*las.beam_search(model, x, lengths, 3, 1)):  # by CTC alone
+        assert math.isfinite(score) and not {las.PAD, las.BOS} & set(row)
+
+
+@torch.no_grad()
+def test_a_sound_shorter_than_a_frame_of_the_listener(model):
+    x = torch.randn(2, 5, 6)  # the listener joins eight
+    lengths = torch.tensor([5, 3])
+    logits, attention, _ = model(x, lengths, torch.tensor([[4, las.EOS], [5, las.EOS]]))
+    assert logits.isfinite().all() and torch.equal(attention, torch.ones(2, 2, 1))
+    assert all(len(row) <= 1 for row in las.beam_search(model, x, lengths)[0])
 
 
 @torch.no_grad()
@@ -289,7 +300,8 @@ def test_spec_augment_masks_each_sound_by_itself():
 
 def test_text_is_mapped_where_obvious():
     assert las.clean("Hello,  world! It’s café-time") == "HELLO WORLD IT'S CAFE TIME"
-    for text, word in (("route 66", "6"), ("日本", "transcript"), ("", "empty"), (" ?! ", "empty")):
+    assert las.clean("yes,no:maybe… the U.S.") == "YES NO MAYBE THE US"
+    for text, word in (("route 66", "6"), ("日本", "transcript"), ("", "empty"), (" ?! ", "empty"), ("R&B", "&"), ("all %", "%")):
         with pytest.raises(ValueError, match=word):
             las.clean(text)
 
@@ -300,6 +312,8 @@ def test_long_sounds_are_cut_where_it_is_quiet():
         x[quiet - 10 : quiet + 10] = -3
     parts = las.cut_at_pauses(x, 250)
     assert torch.equal(torch.cat(parts), x) and max(map(len, parts)) <= 250
+    for n in (250, 251, 312, 400):
+        assert all(62 <= len(part) <= 250 for part in las.cut_at_pauses(x[-n:], 250))
     ends = np.cumsum([len(p) for p in parts])[:-1]
     assert sum(min(abs(end - q) for q in (170, 330, 600, 760)) < 18 for end in ends) >= 3  # 10 and half a window
 
@@ -395,11 +409,14 @@ def test_bad_lines_of_a_set(call, refuses, tmp_path):
         status, out, _ = call("las_asr", train(line, out=f"run{i}"))
         assert status == 0 and "1 of " in out and word in out  # skipped, counted, named
     refuses("las_asr", train(*["gone.wav\tWORD"] * 5, out="b"), "unreadable", "gone.wav")
+    tsv.write_text("\ufeff" + "\r\n".join(["0.wav\tFOO\u2028BAR", *lines]), newline="")  # as a spreadsheet writes it
+    assert las.read_tsv(tsv)[:2] == [(tmp_path / "0.wav", "FOO\u2028BAR"), (tmp_path / "0.wav", "WORD")]
     tsv.write_text("")
     refuses("las_asr", f"--data {tsv} {SMALL}", "no utterances")
     (tmp_path / "nothing").mkdir()
     refuses("las_asr", f"--data nothing {SMALL}", "train.tsv")
     refuses("las_asr", f"--data demo --speeds fast {SMALL.replace('--speeds 1.0', '')}", "--speeds")
+    refuses("las_asr", f"--data demo --dropout 1 {SMALL}", "--dropout", "0.99")
 
 
 def test_a_set_without_validation_holds_some_back(call, tmp_path):
@@ -442,6 +459,12 @@ def test_the_kaggle_layout(call, refuses, tmp_path):
     assert rows[0] == "index,label" and [row.split(",")[0] for row in rows[1:]] == ["0", "1", "2", "3"]
     refs = [row.split("\t")[0] for row in (tmp_path / "out" / "las_asr-hw4p2" / "val.tsv").read_text().splitlines()[1:]]
     assert refs == ["IT'S A"] * 3
+    for i in range(25):
+        np.save(tmp_path / "data" / "hw4p2" / "test-clean" / "mfcc" / f"v{i}.npy", np.random.rand(9 - 2 * (i == 3), 13))
+    (tmp_path / "out" / "las_asr-hw4p2" / "submission.csv").unlink()
+    status, out, _ = call("las_asr", "eval --data hw4p2 --device cpu")  # one of its rows would be missing
+    assert status == 0 and "all of the 29 files" in out and "v3.npy (7 frames" in out
+    assert not (tmp_path / "out" / "las_asr-hw4p2" / "submission.csv").exists()
     folder = tmp_path / "data" / "hw4p2" / "train-clean-100"
     np.save(folder / "mfcc" / "u1.npy", np.zeros((40, 12), "float32"))
     refuses("las_asr", ["--data", "hw4p2", *small], "hw4p2", "features")
@@ -467,11 +490,14 @@ def libri(folder, parts):
         (inside / f"{speaker}-7.trans.txt").write_text("".join(f"{name} ALL THE WORDS\n" for name in names))
 
 
-def test_the_librispeech_layout(call, tmp_path):
+def test_the_librispeech_layout(call, refuses, tmp_path):
     libri(tmp_path, ("train-clean-100", "dev-clean"))
     status, out, _ = call("las_asr", f"--data . {SMALL} --out run")
     assert status == 0 and "3 train, 3 val; 80 features" in out
     assert "ALL THE WORDS" in (tmp_path / "run" / "val.tsv").read_text()
+    shutil.rmtree(tmp_path / "LibriSpeech" / "train-clean-100")
+    refuses("las_asr", f"--data . {SMALL} --out new", "no utterances for train")
+    assert call("las_asr", "eval --data . --device cpu --ckpt run/best.pt")[0] == 0
 
 
 def test_librispeech_is_downloaded_whole_or_not_at_all(call, refuses, tmp_path, monkeypatch):
