@@ -471,6 +471,8 @@ def load_data(cfg):
     depths = ("", "*/", "*/*/")
     train, known = (next((p for d in depths for p in sorted(folder.glob(d + name))), None)
                     for name in ("train", "known"))
+    if train and not train.with_name("dev").is_dir() and any(path.is_dir() for path in train.iterdir()):
+        raise UserError(f"{train}: has no folder dev beside it, of the same people, to test on")
     if train and (dev := train.with_name("dev")).is_dir():
         parts = {"train": find_people(train), "val": find_people(dev), "unseen": {}}
     else:
@@ -506,8 +508,10 @@ def load_data(cfg):
     for name, paths in () if known else held.items():
         gallery.append((name, paths[0]))
         queries += [(name, path) for path in paths[1:]]
-    gallery = spread(gallery)  # two million pairs say enough
+    gallery = gallery if known else spread(gallery)  # two million pairs say enough
     people = {name for name, _ in gallery}
+    if lost := sum(name not in people for name, _ in queries) if known else 0:
+        say(f"note: {lost} of {len(queries)} faces to name are of nobody in {known}, and left out")
     pairs = gallery + spread([query for query in queries if query[0] in people])
     if shared := sorted({name for name, _ in pairs} & set(classes)):
         say(f"warning: {len(shared)} people are verified that are trained on: {', '.join(shared[:5])}")
@@ -676,6 +680,8 @@ def evaluate(model, data, split, device):
     if 0 < same.sum() < len(same):
         more, threshold = verification(scores, same)
         figures |= more
+    else:
+        say("warning: no two unseen faces are the same person's; a threshold of 0.5 is a guess")
     figures["top5"] = 100 * hits.any(1).float().mean().item()
     if 0 < known < len(z):
         nearest = labels[:known][(z[known:] @ z[:known].T).argmax(1)]
@@ -696,7 +702,7 @@ def score(model, cfg, data, folder, device):
         found, good = read_faces(files, cfg.image_size, Path(cfg.data).name)
         found, classes = embed(model, found, device)
         nearest = (found @ z[: data["known"]].T).argmax(1).tolist()
-        answers = [n.split("/")[0] for n in names] if name == "verification" else people
+        answers = [n.split("/")[0] for n in names] if name == "verification" else range(len(people))
         guesses = nearest if name == "verification" else classes[:, 0].tolist()
         ids = [str(i) if name == "verification" else files[i].name for i in good]
         write_csv(folder / f"{name}_submission.csv", "id,label", zip(ids, (answers[g] for g in guesses)))
@@ -705,7 +711,7 @@ def score(model, cfg, data, folder, device):
 
 def write_csv(path, head, rows):
     if RANK == 0:
-        with path.open("w", newline="", encoding="utf-8") as f:
+        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as f:
             csv.writer(f, lineterminator="\n").writerows([head.split(","), *rows])
 
 
@@ -873,8 +879,11 @@ class UserError(Exception):
 def one_line_errors():
     try:
         yield
-    except (UserError, OSError, torch.OutOfMemoryError) as e:
-        hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
+    except (UserError, OSError, RuntimeError) as e:
+        full = isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in f"{e}"
+        if not full and not isinstance(e, (UserError, OSError)):
+            raise
+        hint = "lower --batch_size: " if full else ""
         print("error:", *f"{hint}{e}".split(), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
@@ -929,7 +938,8 @@ def parse_args(argv):
 
 def pick_device(name):
     """The device that --device means; under torchrun the one of this process, and here the processes meet."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    mps = WORLD == 1 and torch.backends.mps.is_available()  # over which processes cannot talk
+    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name not in ("auto", "cpu", best):
         raise UserError(f"--device {name}: there is none here; use --device {best}")
     device = torch.device(best if name == "auto" else name)
@@ -1010,7 +1020,8 @@ def open_checkpoint(flags):
     ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: is what --resume goes on from; name the best.pt beside it")
-    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
+    typed = {k: v for k, v in flags.items() if (k, v) != ("data", "auto")}
+    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | typed, path, SHAPE)
     best = "none yet" if ckpt["best"] is None else f"{ckpt['best']:.5g}"
     say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {best}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1096,7 +1107,8 @@ class Run:
         log, check, save = (self.step == total or self.step % n == 0
                             for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
         self.wish |= 0 < cfg.max_minutes <= (time.perf_counter() - self.began) / 60
-        if log or check or save or (self.wish and WORLD == 1):
+        look = self.wish if WORLD == 1 else self.device.type == "cpu" and self.step % 10 == 0
+        if log or check or save or look:
             rows = torch.stack([*self.pending, torch.full_like(self.pending[0], float(self.wish))])
             *rows, wish = (all_sum(rows) / WORLD).tolist()  # the shares' mean is the loss of the global batch
             for step, row in enumerate(rows, self.step - len(rows) + 1):
@@ -1142,7 +1154,9 @@ class Run:
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
 
     def stopped(self):
-        words = ["python", f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--resume"]
+        start = ["python"] if WORLD == 1 else ["torchrun", "--standalone", f"--nproc_per_node={WORLD}"]
+        words = [*start, f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--device",
+                 self.device.type, "--resume"]
         say(f"stopped at step {self.step}; to continue: {shlex.join(words)}")
 
     def finish(self, figures):
@@ -1253,7 +1267,8 @@ def main(argv=None):
     decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # so that 2 % of the first weights are left at most
     average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(decay))
     if ckpt or cfg.init:
-        load_weights(raw, ckpt["model"] if ckpt else initial_weights(cfg), cfg.init, strict=bool(ckpt))
+        load_weights(raw, ckpt["model"] if ckpt else initial_weights(cfg), run.folder if ckpt else cfg.init,
+                     strict=bool(ckpt))
         average.module.load_state_dict(ckpt.get("average", raw.state_dict()))
         average.n_averaged += run.step
     blocks = [m for m in raw.modules() if isinstance(m, Block)] if cfg.size in MUON else []

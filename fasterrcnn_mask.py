@@ -307,7 +307,7 @@ def read_image(path, size=None):
         if size and image.size == size != upright.size:
             upright = image
         if upright.mode[0] in "IF":  # more than 8 bits, which convert("RGB") would clip
-            values = np.asarray(upright, float)
+            values = np.asarray(upright, float).clip(0)
             upright = Image.fromarray((values * 255 / max(1, values.max())).astype(np.uint8))
         return upright.convert("RGB")
 
@@ -413,7 +413,8 @@ class Batches:
         self.items = [item | {"image": item["image"].to(device if fits else "cpu")} for item in items]
         labels = torch.cat([item["labels"] for item in items]).bincount()
         rarest = min(((n, label) for label, n in enumerate(labels.tolist()) if n), default=(0, 0))[1]
-        rare = [i for i, item in enumerate(items) if (item["labels"] == rarest).any()]
+        alone = (labels > 0).sum() < 2  # a single class is not rare
+        rare = [i for i, item in enumerate(items) if not alone and (item["labels"] == rarest).any()]
         self.places = np.array([*range(len(items)), *rare * max(0, oversample - 1)])
         self.size, self.strength, self.device = min(size, len(self.places)), strength, device
         self.per_epoch = len(self.places) // self.size
@@ -601,7 +602,7 @@ def evaluate(model, items, classes, device):
 
 
 def write_coco(folder, items, found, classes):
-    """detections.json and truth.json, which pycocotools reads: COCO(truth).loadRes(detections)."""
+    """detections.json and truth.json, which pycocotools reads: COCO(truth).loadRes(detections), if any."""
     def rows(number, part):
         boxes = box_convert(part["boxes"].double(), "xyxy", "xywh").tolist()
         for box, label in zip(boxes, part["labels"].tolist()):
@@ -666,7 +667,8 @@ def draw(items, found, classes, threshold, folder):
             image = Image.fromarray(item["image"].permute(1, 2, 0).cpu().numpy())
             titles = f"{word} ({item['name']}): truth", f"found, mAP {worth[order[at]]:.2f}"
             for column, (title, part) in enumerate(zip(titles, (item, f)), 1):
-                axes = figure.add_subplot(3, 2, 2 * row + column, title=title)
+                axes = figure.add_subplot(3, 2, 2 * row + column)
+                axes.set_title(title, parse_math=False)
                 boxes = part["boxes"] * item["scale"]
                 picture = drawn(image, boxes, part["labels"], classes, part.get("scores"))
                 axes.imshow(np.asarray(picture))
@@ -678,7 +680,8 @@ def draw(items, found, classes, threshold, folder):
         for label, name in enumerate(classes, 1):
             scores, right, void, count = match(found, items, label)
             precision, recall = (part[0] for part in precision_recall(right, void, count))
-            axes.plot(recall, precision, color=COLOURS[(label - 1) % 8], label=f"{name} ({count} faces)")
+            text = f"{name} ({count} faces)".replace("$", r"\$")
+            axes.plot(recall, precision, color=COLOURS[(label - 1) % 8], label=text)
             if at := int((scores >= threshold).sum()):
                 axes.plot(recall[at - 1], precision[at - 1], "o", color=COLOURS[(label - 1) % 8])
         figure.legend(loc="outside lower center", ncols=2)
@@ -771,8 +774,11 @@ class UserError(Exception):
 def one_line_errors():
     try:
         yield
-    except (UserError, OSError, torch.OutOfMemoryError) as e:
-        hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
+    except (UserError, OSError, RuntimeError) as e:
+        full = isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in f"{e}"
+        if not full and not isinstance(e, (UserError, OSError)):
+            raise
+        hint = "lower --batch_size: " if full else ""
         print("error:", *f"{hint}{e}".split(), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
@@ -827,7 +833,8 @@ def parse_args(argv):
 
 def pick_device(name):
     """The device that --device means; under torchrun the one of this process, and here the processes meet."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    mps = WORLD == 1 and torch.backends.mps.is_available()  # over which processes cannot talk
+    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name not in ("auto", "cpu", best):
         raise UserError(f"--device {name}: there is none here; use --device {best}")
     device = torch.device(best if name == "auto" else name)
@@ -908,7 +915,8 @@ def open_checkpoint(flags):
     ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: is what --resume goes on from; name the best.pt beside it")
-    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
+    typed = {k: v for k, v in flags.items() if (k, v) != ("data", "auto")}
+    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | typed, path, SHAPE)
     best = "none yet" if ckpt["best"] is None else f"{ckpt['best']:.5g}"
     say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {best}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -994,7 +1002,8 @@ class Run:
         log, check, save = (self.step == total or self.step % n == 0
                             for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
         self.wish |= 0 < cfg.max_minutes <= (time.perf_counter() - self.began) / 60
-        if log or check or save or (self.wish and WORLD == 1):
+        look = self.wish if WORLD == 1 else self.device.type == "cpu" and self.step % 10 == 0
+        if log or check or save or look:
             rows = torch.stack([*self.pending, torch.full_like(self.pending[0], float(self.wish))])
             *rows, wish = (all_sum(rows) / WORLD).tolist()  # the shares' mean is the loss of the global batch
             for step, row in enumerate(rows, self.step - len(rows) + 1):
@@ -1040,7 +1049,9 @@ class Run:
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
 
     def stopped(self):
-        words = ["python", f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--resume"]
+        start = ["python"] if WORLD == 1 else ["torchrun", "--standalone", f"--nproc_per_node={WORLD}"]
+        words = [*start, f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--device",
+                 self.device.type, "--resume"]
         say(f"stopped at step {self.step}; to continue: {shlex.join(words)}")
 
     def finish(self, figures):
@@ -1154,12 +1165,13 @@ def main(argv=None):
         text, path = json.dumps(names, indent=1), run.folder / "split.json"
         if ckpt and path.exists() and path.read_text(encoding="utf-8") != text:
             raise UserError(f"{path}: the images of --data {cfg.data} are others now; start anew")
-        path.write_text(text, encoding="utf-8")
+        path.with_suffix(".part").write_text(text, encoding="utf-8")
+        os.replace(path.with_suffix(".part"), path)
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, classes, device, trained=bool(old))
     if old:
-        load_weights(raw, old["model"], cfg.init, strict=bool(ckpt))
+        load_weights(raw, old["model"], run.folder if ckpt else cfg.init, strict=bool(ckpt))
     learnt = [p for p in raw.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learnt if p.dim() >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in learnt if p.dim() < 2]}]

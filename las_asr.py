@@ -905,8 +905,11 @@ class UserError(Exception):
 def one_line_errors():
     try:
         yield
-    except (UserError, OSError, torch.OutOfMemoryError) as e:
-        hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
+    except (UserError, OSError, RuntimeError) as e:
+        full = isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in f"{e}"
+        if not full and not isinstance(e, (UserError, OSError)):
+            raise
+        hint = "lower --batch_size: " if full else ""
         print("error:", *f"{hint}{e}".split(), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
@@ -961,7 +964,8 @@ def parse_args(argv):
 
 def pick_device(name):
     """The device that --device means; under torchrun the one of this process, and here the processes meet."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    mps = WORLD == 1 and torch.backends.mps.is_available()  # over which processes cannot talk
+    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name not in ("auto", "cpu", best):
         raise UserError(f"--device {name}: there is none here; use --device {best}")
     device = torch.device(best if name == "auto" else name)
@@ -1042,7 +1046,8 @@ def open_checkpoint(flags):
     ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: is what --resume goes on from; name the best.pt beside it")
-    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
+    typed = {k: v for k, v in flags.items() if (k, v) != ("data", "auto")}
+    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | typed, path, SHAPE)
     best = "none yet" if ckpt["best"] is None else f"{ckpt['best']:.5g}"
     say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {best}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1128,7 +1133,8 @@ class Run:
         log, check, save = (self.step == total or self.step % n == 0
                             for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
         self.wish |= 0 < cfg.max_minutes <= (time.perf_counter() - self.began) / 60
-        if log or check or save or (self.wish and WORLD == 1):
+        look = self.wish if WORLD == 1 else self.device.type == "cpu" and self.step % 10 == 0
+        if log or check or save or look:
             rows = torch.stack([*self.pending, torch.full_like(self.pending[0], float(self.wish))])
             *rows, wish = (all_sum(rows) / WORLD).tolist()  # the shares' mean is the loss of the global batch
             for step, row in enumerate(rows, self.step - len(rows) + 1):
@@ -1174,7 +1180,9 @@ class Run:
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
 
     def stopped(self):
-        words = ["python", f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--resume"]
+        start = ["python"] if WORLD == 1 else ["torchrun", "--standalone", f"--nproc_per_node={WORLD}"]
+        words = [*start, f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--device",
+                 self.device.type, "--resume"]
         say(f"stopped at step {self.step}; to continue: {shlex.join(words)}")
 
     def finish(self, figures):
@@ -1277,7 +1285,8 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     raw = build(cfg, n_features, device)
     if ckpt or cfg.init:
-        load_weights(raw, (ckpt or load_checkpoint(cfg.init))["model"], cfg.init, strict=bool(ckpt))
+        load_weights(raw, (ckpt or load_checkpoint(cfg.init))["model"], run.folder if ckpt else cfg.init,
+                     strict=bool(ckpt))
     optimizer = torch.optim.AdamW(raw.parameters(), cfg.lr, weight_decay=1e-4, fused=True)
     if ckpt:
         optimizer.load_state_dict(ckpt["optimizer"])

@@ -358,7 +358,7 @@ def noun_phrase(rng, nouns, case):
 
 
 ADJECTIVES = ["old alt", "young jung", "small klein", "big groß", "friendly freundlich", "red rot",
-              "new neu", "white weiß", "beautiful schön", "tired müde", "quiet still", "strange seltsam"]
+              "new neu", "white weiß", "beautiful schön", "tired müd", "quiet still", "strange seltsam"]
 BEINGS = [w.split() for w in (
     "man Mann m|woman Frau f|child Kind n|dog Hund m|cat Katze f|horse Pferd n|girl Mädchen n|"
     "teacher Lehrer m|aunt Tante f|uncle Onkel m|queen Königin f|bird Vogel m").split("|")]
@@ -425,7 +425,7 @@ def download(url, path, digest):
     if hashlib.sha256(content).hexdigest() != digest:
         raise UserError(f"{url}: its SHA-256 is not the known one; get it by hand: data/README.md")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # another run may fetch the same
     part.write_bytes(content)
     os.replace(part, path)
 
@@ -502,7 +502,7 @@ def train_vocabulary(texts, cfg):
             sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=cfg.vocab_size,
             hard_vocab_limit=False, character_coverage=1.0, pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK,
             num_threads=1, minloglevel=2)
-    except (RuntimeError, OSError) as e:
+    except (RuntimeError, OSError, ValueError) as e:
         raise UserError(f"--vocab_size {cfg.vocab_size}: no vocabulary could be made ({e})") from None
     return torch.from_numpy(np.frombuffer(model.getvalue(), np.uint8).copy())
 
@@ -707,8 +707,8 @@ def draw(model, sp, cfg, sentences, folder, device):
         weights = torch.stack(maps).mean((0, 1, 2)).cpu()  # (T, S)
         axes = figure.add_subplot(1, len(sentences), place, xlabel="source", ylabel="translation")
         axes.imshow(weights.numpy(), cmap="Blues", vmin=0)
-        axes.set_xticks(range(len(ids)), sp.id_to_piece(ids), rotation=90)
-        axes.set_yticks(range(len(out) + 1), sp.id_to_piece([*out, EOS]))
+        axes.set_xticks(range(len(ids)), sp.id_to_piece(ids), rotation=90, parse_math=False)
+        axes.set_yticks(range(len(out) + 1), sp.id_to_piece([*out, EOS]), parse_math=False)
     figure.savefig(folder / "attention.png", dpi=80)
 
 
@@ -736,8 +736,15 @@ def predict(mode, inputs, flags):
         say(f"{show(figures, ', ', '.6g')}\nwritten: {folder}/*.hyp.txt\n{lower}: case:lc, tok:none\n"
             f"{cased}: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0")
         return
-    lines = [line.strip() for line in inputs] or decode_lines(sys.stdin.buffer.read(), "the standard input")
+    given = [sys.stdin.buffer.read() if RANK == 0 and not inputs else b""]
+    if WORLD > 1:  # all processes have the same standard input
+        dist.broadcast_object_list(given)
+    lines = [decode_lines(os.fsencode(text), "the text given") for text in inputs]
+    lines = [" ".join(parts) for parts in lines] or decode_lines(given[0], "the standard input")
     with contextlib.redirect_stdout(sys.stderr):
+        if ckpt["config"]["data"].endswith("-tok"):
+            say("note: this model knows lower-cased, tokenised text; it gets the former, give it the latter")
+            lines = [line.lower() for line in lines]
         ids = encode_text(sp, filter(None, lines), cfg.max_len)
     done = iter(translate(model, sp, ids, cfg, device, cfg.beam_size) if ids else ())
     for line in lines:
@@ -761,8 +768,11 @@ class UserError(Exception):
 def one_line_errors():
     try:
         yield
-    except (UserError, OSError, torch.OutOfMemoryError) as e:
-        hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
+    except (UserError, OSError, RuntimeError) as e:
+        full = isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in f"{e}"
+        if not full and not isinstance(e, (UserError, OSError)):
+            raise
+        hint = "lower --batch_size: " if full else ""
         print("error:", *f"{hint}{e}".split(), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
@@ -817,7 +827,8 @@ def parse_args(argv):
 
 def pick_device(name):
     """The device that --device means; under torchrun the one of this process, and here the processes meet."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    mps = WORLD == 1 and torch.backends.mps.is_available()  # over which processes cannot talk
+    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name not in ("auto", "cpu", best):
         raise UserError(f"--device {name}: there is none here; use --device {best}")
     device = torch.device(best if name == "auto" else name)
@@ -898,7 +909,8 @@ def open_checkpoint(flags):
     ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: is what --resume goes on from; name the best.pt beside it")
-    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
+    typed = {k: v for k, v in flags.items() if (k, v) != ("data", "auto")}
+    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | typed, path, SHAPE)
     best = "none yet" if ckpt["best"] is None else f"{ckpt['best']:.5g}"
     say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {best}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -984,7 +996,8 @@ class Run:
         log, check, save = (self.step == total or self.step % n == 0
                             for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
         self.wish |= 0 < cfg.max_minutes <= (time.perf_counter() - self.began) / 60
-        if log or check or save or (self.wish and WORLD == 1):
+        look = self.wish if WORLD == 1 else self.device.type == "cpu" and self.step % 10 == 0
+        if log or check or save or look:
             rows = torch.stack([*self.pending, torch.full_like(self.pending[0], float(self.wish))])
             *rows, wish = (all_sum(rows) / WORLD).tolist()  # the shares' mean is the loss of the global batch
             for step, row in enumerate(rows, self.step - len(rows) + 1):
@@ -1030,7 +1043,9 @@ class Run:
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
 
     def stopped(self):
-        words = ["python", f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--resume"]
+        start = ["python"] if WORLD == 1 else ["torchrun", "--standalone", f"--nproc_per_node={WORLD}"]
+        words = [*start, f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--device",
+                 self.device.type, "--resume"]
         say(f"stopped at step {self.step}; to continue: {shlex.join(words)}")
 
     def finish(self, figures):
@@ -1134,10 +1149,10 @@ def main(argv=None):
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, sp, device)
-    decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # so that 2 % of the first weights are left at most
+    decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # so that a whole schedule leaves 2 % of the first weights
     average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(decay))
     if old:
-        load_weights(raw, old["model"], cfg.init, strict=bool(ckpt))
+        load_weights(raw, old["model"], run.folder if ckpt else cfg.init, strict=bool(ckpt))
         average.module.load_state_dict(ckpt.get("average", raw.state_dict()))
         average.n_averaged += run.step
     # Muon makes a matrix's update orthogonal: 500 steps do what 750 of Adam's do, and take 1.3 times as long.

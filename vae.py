@@ -239,13 +239,14 @@ def read_images(folder, size):
         try:
             with Image.open(path) as image:
                 kinds.add((image.mode, *image.size))
+                image = ImageOps.exif_transpose(image)
                 if "A" in image.mode or "transparency" in image.info:  # what shines through is white
                     paper, image = Image.new("RGBA", image.size, "white"), image.convert("RGBA")
                     image = Image.alpha_composite(paper, image)
                 if image.mode[0] in "IF":  # more than 8 bits, which convert("L") would clip
                     values = np.asarray(image, float).clip(0)
                     image = Image.fromarray((values * 255 / max(1, values.max())).astype(np.uint8))
-                grey = ImageOps.pad(ImageOps.exif_transpose(image).convert("L"), (size, size))
+                grey = ImageOps.pad(image.convert("L"), (size, size))
             images.append(np.asarray(grey))
             kept.append(path)
         except Exception as e:  # a damaged image can raise nearly anything
@@ -279,7 +280,8 @@ def load_data(cfg):
     elif not folder.is_dir():
         raise UserError(f"--data {cfg.data}: no such folder, and none of demo, {', '.join(AUTO)}")
     elif any(folder.rglob("*-ubyte*")):
-        fashion = "FashionMNIST" in str(next(folder.rglob("*-ubyte*")).resolve())
+        place = next(folder.rglob("*-ubyte*")).resolve().parts
+        fashion = cfg.data == "fashionmnist" or (cfg.data != "mnist" and "FashionMNIST" in place)
         classes = FASHION if fashion else [str(digit) for digit in range(10)]
         kinds = "images-idx3", "labels-idx1"
         (images, labels), test = ([read_idx(folder, f"{part}-{kind}") for kind in kinds]
@@ -398,7 +400,7 @@ def evaluate(model, cfg, x, device):
         table[start : start + 500] = torch.cat([error[:, None], raw[:, None], kl, mu], 1)
     error, raw, kl, mu = all_sum(table).cpu().double().split([1, 1, cfg.latent_dim, cfg.latent_dim], 1)
     active = (mu.var(0) > 0.01).sum().item()  # Burda et al., section 5
-    if active == 0:
+    if active == 0 and len(x) > 1:
         say("warning: posterior collapse, z carries nothing: lower --kl_weight or --lr, or raise --warmup")
     rows = torch.cat([error, kl.sum(1, keepdim=True)], 1)
     (error, kl_sum), raw = rows.mean(0).tolist(), raw.mean().item()
@@ -423,7 +425,8 @@ def tighten(model, cfg, x, device):
         one = few[i : i + 1].to(device)
         gaps[i] = iwae_bound(model, one, cfg.iwae_k) - elbo(model, one.expand(500, -1, -1, -1)).mean()
     gaps = all_sum(gaps).cpu().double()
-    return {"gap": gaps.mean().item(), "gap_se": (gaps.std() / len(gaps) ** 0.5).item(), "iwae_n": len(gaps)}
+    error = gaps.std(correction=0) / max(1, len(gaps) - 1) ** 0.5
+    return {"gap": gaps.mean().item(), "gap_se": error.item(), "iwae_n": len(gaps)}
 
 
 @torch.no_grad()
@@ -434,8 +437,11 @@ def codes(model, images, cfg, device):
 
 
 def class_means(model, cfg, data, device):
-    """(classes, latent_dim): each class's mean code over the validation images."""
-    z, labels = codes(model, data["val"][0], cfg, device), data["val"][1]
+    """(classes, latent_dim): each class's mean code over the validation images, or if it has none there over
+    those it is trained on."""
+    (x, labels), (more, theirs) = data["val"], data["train"]
+    other = ~torch.isin(theirs, labels)
+    z, labels = codes(model, torch.cat([x, more[other]]), cfg, device), torch.cat([labels, theirs[other]])
     return torch.stack([z[labels == c].mean(0) for c in range(max(1, len(data["classes"])))]).nan_to_num()
 
 
@@ -525,7 +531,8 @@ def predict(mode, inputs, flags):
             raise UserError(f"encode takes one folder, not {' '.join(inputs)}")
         images, paths = read_images(inputs[0], cfg.image_size)
         np.save(path := folder / "codes.npy", codes(model, images, cfg, device).numpy())
-        (folder / "files.txt").write_text("".join(f"{p}\n" for p in paths), encoding="utf-8")
+        (folder / "files.txt").write_text("".join(f"{p}\n" for p in paths), encoding="utf-8",
+                                          errors="surrogateescape")
     say(f"written: {path}")
 
 
@@ -543,8 +550,11 @@ class UserError(Exception):
 def one_line_errors():
     try:
         yield
-    except (UserError, OSError, torch.OutOfMemoryError) as e:
-        hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
+    except (UserError, OSError, RuntimeError) as e:
+        full = isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in f"{e}"
+        if not full and not isinstance(e, (UserError, OSError)):
+            raise
+        hint = "lower --batch_size: " if full else ""
         print("error:", *f"{hint}{e}".split(), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
@@ -599,7 +609,8 @@ def parse_args(argv):
 
 def pick_device(name):
     """The device that --device means; under torchrun the one of this process, and here the processes meet."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    mps = WORLD == 1 and torch.backends.mps.is_available()  # over which processes cannot talk
+    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name not in ("auto", "cpu", best):
         raise UserError(f"--device {name}: there is none here; use --device {best}")
     device = torch.device(best if name == "auto" else name)
@@ -680,7 +691,8 @@ def open_checkpoint(flags):
     ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: is what --resume goes on from; name the best.pt beside it")
-    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
+    typed = {k: v for k, v in flags.items() if (k, v) != ("data", "auto")}
+    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | typed, path, SHAPE)
     best = "none yet" if ckpt["best"] is None else f"{ckpt['best']:.5g}"
     say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {best}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -766,7 +778,8 @@ class Run:
         log, check, save = (self.step == total or self.step % n == 0
                             for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
         self.wish |= 0 < cfg.max_minutes <= (time.perf_counter() - self.began) / 60
-        if log or check or save or (self.wish and WORLD == 1):
+        look = self.wish if WORLD == 1 else self.device.type == "cpu" and self.step % 10 == 0
+        if log or check or save or look:
             rows = torch.stack([*self.pending, torch.full_like(self.pending[0], float(self.wish))])
             *rows, wish = (all_sum(rows) / WORLD).tolist()  # the shares' mean is the loss of the global batch
             for step, row in enumerate(rows, self.step - len(rows) + 1):
@@ -812,7 +825,9 @@ class Run:
         self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
 
     def stopped(self):
-        words = ["python", f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--resume"]
+        start = ["python"] if WORLD == 1 else ["torchrun", "--standalone", f"--nproc_per_node={WORLD}"]
+        words = [*start, f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--device",
+                 self.device.type, "--resume"]
         say(f"stopped at step {self.step}; to continue: {shlex.join(words)}")
 
     def finish(self, figures):
@@ -915,7 +930,8 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     raw = build(cfg, device)
     if ckpt or cfg.init:
-        load_weights(raw, (ckpt or load_checkpoint(cfg.init))["model"], cfg.init, strict=bool(ckpt))
+        load_weights(raw, (ckpt or load_checkpoint(cfg.init))["model"], run.folder if ckpt else cfg.init,
+                     strict=bool(ckpt))
     optimizer = torch.optim.Adam(raw.parameters(), cfg.lr, fused=True)
     if ckpt:
         optimizer.load_state_dict(ckpt["optimizer"])

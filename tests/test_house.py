@@ -197,7 +197,7 @@ def test_a_full_disk_loses_nothing(name, tmp_path):
 
 
 @each_script
-def test_bad_input_is_one_line(name, tmp_path, refuses, call):
+def test_bad_input_is_one_line(name, tmp_path, refuses, call, monkeypatch):
     small = " ".join(flags(name, "--max_steps 1"))
     (tmp_path / "file").write_text("not a checkpoint")
     torch.save({"script": "other", "model": {}}, tmp_path / "other.pt")
@@ -226,6 +226,10 @@ def test_bad_input_is_one_line(name, tmp_path, refuses, call):
     assert call(name, f"{small} --out run --resume --data auto --dtype auto")[0] == 0
     assert "spl" not in (tmp_path / "run" / "log.jsonl").read_text().replace("split", "")
     refuses(name, "eval --ckpt run/last.pt --device cpu", "last.pt", "best.pt")
+    assert call(name, "eval --ckpt run/best.pt --device cpu --data auto")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[name], "load_data", lambda *_: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: no")))
+        refuses(name, "eval --ckpt run/best.pt --device cpu", "--batch_size")
     refuses(name, f"eval --ckpt run/best.pt {TABLE[name]['shape_flag']}", TABLE[name]["shape_flag"].split()[0])
     data = (tmp_path / "run" / "last.pt").read_bytes()
     (tmp_path / "run" / "last.pt").write_bytes(data[: len(data) // 2])

@@ -269,6 +269,19 @@ def test_flips_happen():
     assert 10 < sum(len(box) and float(box[0, 0]) > 32 for box in boxes) < 54
 
 
+def test_a_single_class_is_not_rare():
+    items = [{"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([1])} for _ in range(5)]
+    assert len(mask.Batches(items, 2, 2, 1.0, "cpu").places) == 5
+
+
+def test_names_are_no_formulas_in_the_pictures(tmp_path):
+    boxes = torch.tensor([[2.0, 2.0, 20.0, 20.0]])
+    item = {"image": torch.zeros(3, 32, 32, dtype=torch.uint8), "name": "sale_$10_$20.jpg", "boxes": boxes, "scale": 1.0,
+            "labels": torch.tensor([1])}
+    mask.draw([item], [{"boxes": boxes, "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}], ["a $b$ _$"], 0.5, tmp_path)
+    assert (tmp_path / "examples.png").exists() and (tmp_path / "pr.png").exists()
+
+
 def test_batches_hold_every_image_and_oversample_the_rare():
     items = [{"image": torch.zeros(3, 20 + i % 3 * 20, 40, dtype=torch.uint8), "boxes": torch.zeros(1, 4),
               "labels": torch.tensor([2 if i < 4 else 1]), "scale": torch.ones(4)} for i in range(32)]

@@ -11,6 +11,7 @@ import sacrebleu
 import torch
 import torch.nn as nn
 import transformer_mt as mt
+from conftest import ROOT, python, torchrun
 
 SMALL = "--device cpu --compile off --vocab_size 120 --batch_size 400 --beam_size 2 --max_len 20 --max_steps 2"
 
@@ -272,7 +273,8 @@ def test_bad_files(files, refuses, monkeypatch):
     refuses("transformer_mt", f"{SMALL} --data multi30k", "no test split")
     assert asked == ["test_2016_flickr.en.gz", "test_2016_flickr.de.gz"]
     refuses("transformer_mt", f"{SMALL} --data multi30k-tok", "multi30k/tok", "data/README.md")
-    refuses("transformer_mt", own + "b --vocab_size 10", "--vocab_size")
+    for size in (10, 2**31):
+        refuses("transformer_mt", own + f"b --vocab_size {size}", "--vocab_size")
 
 
 def test_own_files_from_training_to_translation(files, call, refuses, monkeypatch):
@@ -293,6 +295,9 @@ def test_own_files_from_training_to_translation(files, call, refuses, monkeypatc
     pipe(b"A man.\n\xff\n")
     refuses("transformer_mt", "translate", "line 2", "not UTF-8")
     assert call("transformer_mt", ["translate", ""])[:2] == (0, "\n")
+    refuses("transformer_mt", ["translate", "caf\udce9"], "not UTF-8")
+    done = python(*torchrun(), ROOT / "transformer_mt.py", "translate", "--device", "cpu", cwd=files, input="a man\na dog\n")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
     status, out, err = call("transformer_mt", ["translate", "very " * 200])
     assert status == 0 and len(out.splitlines()) == 1 and "cut" in err
     status, out, _ = call("transformer_mt", ["translate", "--beam_size", "3", "a man", "a dog"])
@@ -303,6 +308,13 @@ def test_own_files_from_training_to_translation(files, call, refuses, monkeypatc
     refuses("transformer_mt", "translate --ckpt bare.pt hello", "no vocabulary")
     refuses("transformer_mt", f"{wide} --train_src a --train_tgt b --init bare.pt", "no vocabulary")
     refuses("transformer_mt", "translate --max_len 1 --beam_size 1 hello", "--max_len", "3 to 1024")
+
+
+def test_pieces_are_no_formulas_in_the_picture(files, call):
+    for side in "ab":
+        text = (files / side).read_text().replace(" ", " $$ ")
+        (files / side).write_text(text)
+    assert call("transformer_mt", f"{SMALL} --train_src a --train_tgt b")[0] == 0
 
 
 def test_eval_writes_what_sacrebleu_scores(files, call):

@@ -258,3 +258,22 @@ def test_real_fashionmnist(call, tmp_path):
     assert status == 0 and "data: fashionmnist" in out and "50,000 train, 10,000 val, 10,000 test" in out, err
     status, out, err = call("vae", "interpolate --from_class trouser --to_class bag")
     assert status == 0, err
+
+
+def test_a_class_without_validation_images_has_a_mean_all_the_same():
+    torch.manual_seed(0)
+    model = vae.VAE(2, (4, 8, 16), 32)
+    x = torch.randint(0, 255, (6, 28, 28), dtype=torch.uint8)
+    data = {"train": (x[:4], torch.tensor([0, 0, 1, 1])), "val": (x[4:], torch.tensor([0, 0])), "classes": ["a", "b"]}
+    means = vae.class_means(model, vae.Config(image_size=32), data, "cpu")
+    expected = [vae.codes(model, part, vae.Config(image_size=32), "cpu").mean(0) for part in (x[4:], x[2:4])]
+    assert torch.allclose(means, torch.stack(expected), atol=1e-6)
+
+
+def test_images_with_alpha_are_turned_upright(tmp_path):
+    image = Image.new("RGBA", (40, 20), "white")
+    exif = image.getexif()
+    exif[274] = 6  # a quarter turn
+    image.save(tmp_path / "a.png", exif=exif)
+    x, _ = vae.read_images(tmp_path, 32)
+    assert (x[0, :, 16] > 128).all() and (x[0, 16] > 128).sum() == 16  # it stands, with black beside it
