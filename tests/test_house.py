@@ -228,7 +228,7 @@ def test_bad_input_is_one_line(name, tmp_path, refuses, call, monkeypatch):
     refuses(name, "eval --ckpt run/last.pt --device cpu", "last.pt", "best.pt")
     assert call(name, "eval --ckpt run/best.pt --device cpu --data auto")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[name], "load_data", lambda *_: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: no")))
+        patch.setattr(sys.modules[name], "load_data", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: no")))
         refuses(name, "eval --ckpt run/best.pt --device cpu", "--batch_size")
     refuses(name, f"eval --ckpt run/best.pt {TABLE[name]['shape_flag']}", TABLE[name]["shape_flag"].split()[0])
     data = (tmp_path / "run" / "last.pt").read_bytes()
