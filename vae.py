@@ -676,7 +676,9 @@ def load_weights(model, state, path, strict=True):
 
 
 def merge(ckpt, flags, path, fixed):
-    """A checkpoint's Config under the flags typed now, of which the `fixed` ones may not differ from it."""
+    """A checkpoint's Config under the flags typed now, of which the `fixed` ones may not differ from it; what
+    is left to `auto` is the checkpoint's."""
+    flags = {k: v for k, v in flags.items() if v != "auto" or k in FREE}
     for name in sorted(fixed & set(flags)):
         if flags[name] != (saved := ckpt["config"].get(name)):
             raise UserError(f"--{name} {flags[name]}: {path} was made with {saved}; leave it, or start anew")
@@ -691,8 +693,7 @@ def open_checkpoint(flags):
     ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: is what --resume goes on from; name the best.pt beside it")
-    typed = {k: v for k, v in flags.items() if (k, v) != ("data", "auto")}
-    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | typed, path, SHAPE)
+    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
     best = "none yet" if ckpt["best"] is None else f"{ckpt['best']:.5g}"
     say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {best}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -723,8 +724,7 @@ class Run:
         self.folder = box[0]
         if training and (last := self.folder / "last.pt").exists():
             self.ckpt = load_checkpoint(last)
-            typed = {k: v for k, v in flags.items() if v != "auto" or k in FREE}
-            self.cfg = merge(self.ckpt, typed, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+            self.cfg = merge(self.ckpt, flags, last, {f.name for f in dataclasses.fields(Config)} - FREE)
         say(f"data: {self.cfg.data}" + (f" (generated; {REAL})" if self.cfg.data == "demo" else ""))
         self.cfg.dtype = pick_dtype(self.cfg.dtype, self.device)
         start = {"step": 0, "best": None, "window": [], "seconds": 0.0}
