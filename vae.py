@@ -26,12 +26,10 @@ binarised at random in training and once for testing; 50,000 / 10,000 / 10,000 i
 """
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.11.0", "torchvision==0.26.0", "numpy", "matplotlib"]
+# dependencies = ["torch>=2.9", "torchvision>=0.24", "numpy", "matplotlib"]
 # ///
 import argparse
-import atexit
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import gzip
@@ -41,12 +39,11 @@ import json
 import math
 import os
 import re
-import resource
-import shlex
 import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 import zlib
 from dataclasses import dataclass
@@ -57,32 +54,31 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass
 class Config:
     # the same in all five scripts
     data: str = "auto"  # demo, fashionmnist, mnist or a folder of images; auto: the first that is there
-    out: str = ""  # the run's folder; empty: out/SCRIPT-DATA
-    save: str = ""  # where predictions go; empty: beside the checkpoint
-    ckpt: str = ""  # checkpoint for every mode but train; empty: the newest best.pt of this script
+    out: str = ""  # folder of the run; default: out/SCRIPT-DATA
+    save: str = ""  # folder for predictions; default: that of the checkpoint
+    ckpt: str = ""  # checkpoint to eval or predict with; default: the newest best.pt in out/SCRIPT-*
     init: str = ""  # checkpoint whose weights a new run starts from
-    resume: bool = False  # continue the run's folder from its last.pt, if there is one
-    device: str = "auto"  # auto|cpu|cuda|mps where to run
-    dtype: str = "auto"  # auto|float32|bfloat16 autocast in training; metrics are always float32
+    resume: bool = False  # continue the run in --out from its last.pt, if it has one
+    device: str = "auto"  # auto|cpu|cuda|mps to run on
+    dtype: str = "auto"  # auto|float32|bfloat16 for training (autocast); evaluation is always float32
     compile: str = "auto"  # auto|on|off torch.compile; auto: on for CUDA on Linux
-    seed: int = 0  # of weights, order and noise
+    seed: int = 0  # of initial weights, order of the data, and noise
     batch_size: int = 64  # images per step, over all processes
     lr: float = 3e-3  # peak learning rate
-    max_steps: int = 0  # end the run after this many steps; 0: after the whole schedule
-    max_minutes: float = 0.0  # save and stop after this time; 0: never
+    max_steps: int = 0  # end after this many steps; 0: after the whole schedule
+    max_minutes: float = 0.0  # save and stop after this many minutes; 0: never
     eval_every: int = 1000  # steps between validations
-    save_every: int = 1000  # steps between saves, besides those at validations
+    save_every: int = 1000  # steps between saves of last.pt, which every validation saves, too
     log_every: int = 100  # steps between log lines
     # the task
     epochs: int = 10  # length of the schedule
-    warmup: int = 500  # steps in which the learning rate and the weight of the KL rise
+    warmup: int = 500  # 0 to 1000000, steps in which the learning rate and the weight of the KL rise
     likelihood: str = "bernoulli"  # bernoulli|gaussian binarised pixels in nats, or the squared error
     latent_dim: int = 2  # dimensions of z
     width: int = 32  # channels after the first convolution, doubled by each further one
@@ -100,6 +96,7 @@ PRESETS = {"demo": {"epochs": 12, "iwae_k": 500}}
 MODES = {"train": "(default) train and test", "eval": "test a checkpoint, one CSV line per image",
          "sample": "draw from the prior", "interpolate": "walk from one class's mean code to another's",
          "encode": "FOLDER: codes of the images in it", "bench": "time the training step"}
+UNIT = "images"  # what a batch is counted in
 SHAPE = {"likelihood", "latent_dim", "width", "hidden", "image_size"}  # what a checkpoint alone decides
 CPU_BF16 = True  # measured: 1.2 to 1.5 times as fast as float32 on a CPU that multiplies bfloat16
 
@@ -217,9 +214,15 @@ def demo_images(count):
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
+def find_files(folder, pattern="**/*"):
+    """Sorted paths in a folder, without hidden files and what operating systems leave behind."""
+    junk = re.compile(r"\.|__MACOSX$|Thumbs\.db$|desktop\.ini$", re.I)
+    return [p for p in sorted(folder.glob(pattern)) if not any(map(junk.match, p.relative_to(folder).parts))]
+
+
 def read_idx(folder, name):
     """The array in the file NAME-ubyte or NAME-ubyte.gz somewhere under `folder`, as a uint8 tensor."""
-    path = next(iter(sorted(folder.rglob(f"{name}-ubyte*"))), folder / f"{name}-ubyte.gz")
+    path = [*find_files(folder, f"**/{name}-ubyte*"), folder / f"{name}-ubyte.gz"][0]
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         if raw[:3] != b"\0\0\x08":  # two zeros, "bytes", then how many dimensions, then these
@@ -233,12 +236,13 @@ def read_idx(folder, name):
 def read_images(folder, size):
     """(images (N, size, size) uint8, paths) of the readable images under `folder`, sorted by path."""
     from PIL import Image, ImageOps
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in Image.registered_extensions())
-    images, kept, bad, kinds = [], [], [], set()
+    kinds = Image.registered_extensions()
+    paths = [p for p in find_files(Path(folder)) if p.suffix.lower() in kinds]
+    images, kept, bad, forms = [], [], [], set()
     for path in paths:
         try:
             with Image.open(path) as image:
-                kinds.add((image.mode, *image.size))
+                forms.add((image.mode, *image.size))
                 image = ImageOps.exif_transpose(image)
                 if "A" in image.mode or "transparency" in image.info:  # what shines through is white
                     paper, image = Image.new("RGBA", image.size, "white"), image.convert("RGBA")
@@ -255,8 +259,8 @@ def read_images(folder, size):
         say(f"note: {len(bad)} of {len(paths)} images are unreadable, skipped: {', '.join(bad[:5])}")
     if len(kept) < max(1, 19 * len(bad)):  # none, or more than 5 % of them bad
         raise UserError(f"{folder}: {len(kept)} of {len(paths)} images are readable; 95 % must be, and some")
-    if kinds != {("L", size, size)}:
-        say(f"note: images are turned into {size}x{size} grey ones, among them {sorted(kinds)[:3]}")
+    if forms != {("L", size, size)}:
+        say(f"note: images are turned into {size}x{size} grey ones, among them {sorted(forms)[:3]}")
     return torch.from_numpy(np.stack(images)), kept
 
 
@@ -279,8 +283,8 @@ def load_data(cfg):
         (images, labels), classes = demo_images(12000), list(OUTLINES)
     elif not folder.is_dir():
         raise UserError(f"--data {cfg.data}: no such folder, and none of demo, {', '.join(AUTO)}")
-    elif any(folder.rglob("*-ubyte*")):
-        place = next(folder.rglob("*-ubyte*")).resolve().parts
+    elif found := find_files(folder, "**/*-ubyte*"):
+        place = found[0].resolve().parts
         fashion = cfg.data == "fashionmnist" or (cfg.data != "mnist" and "FashionMNIST" in place)
         classes = FASHION if fashion else [str(digit) for digit in range(10)]
         kinds = "images-idx3", "labels-idx1"
@@ -514,11 +518,11 @@ def predict(mode, inputs, flags):
     """Every mode that uses a trained model."""
     cfg, ckpt, device, folder = open_checkpoint(flags)
     model = build(cfg, device).eval()
-    load_weights(model, ckpt["model"], cfg.ckpt)
+    model.load_state_dict(ckpt["model"])
     if mode == "eval":
         figures, rows = score(model, cfg, load_data(cfg), device)
         np.savetxt(path := folder / "test.csv", rows, "%.6f", ",", header="error,kl", comments="")
-        say(show(figures, ", ", ".6g"))
+        say(show(figures, digits=6))
     elif mode == "sample":
         torch.manual_seed(seed_for("sample", cfg.seed))
         z = torch.randn(cfg.n, cfg.latent_dim).to(device)
@@ -543,368 +547,286 @@ FREE = {"out", "save", "resume", "device", "compile", "max_steps", "max_minutes"
 
 
 class UserError(Exception):
-    """What a user can mend: shown as one `error:` line, exit status 2."""
+    """A problem that the user can solve: printed as one `error:` line, exit status 2."""
 
 
 @contextlib.contextmanager
 def one_line_errors():
+    """Decorates main: turns problems of the user into one line, and restores the signal handlers."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if in_main_thread else {}
     try:
         yield
-    except (UserError, OSError, RuntimeError) as e:
-        full = isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in f"{e}"
-        if not full and not isinstance(e, (UserError, OSError)):
-            raise
-        hint = "lower --batch_size: " if full else ""
-        print("error:", *f"{hint}{e}".split(), file=sys.stderr, flush=True)
+    except (UserError, OSError, torch.OutOfMemoryError) as e:
+        hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
+        print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def say(text, end="\n"):
+def say(text):
+    """Prints a line, on rank 0."""
     if RANK == 0:
-        print(text, end=end, flush=True)
-
-
-def seed_for(*key):
-    """A seed from any key, the same everywhere: (seed, step, rank) for a step, (seed, epoch) for an order."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
-
-
-def parse_args(argv):
-    """(mode, inputs, flags): flags are what was typed, no more; presets and checkpoints fill in the rest."""
-    def refuse(message):
-        raise UserError(f"{message}; see python {SCRIPT}.py --help")
-    parser = argparse.ArgumentParser(usage=f"{SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]",
-                                     description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
-    parser.add_argument("words", nargs="*", metavar="MODE", help="; ".join(map(": ".join, MODES.items())))
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
-    for f in dataclasses.fields(Config):
-        kind, text = type(f.default), comments[f.name]
-        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__}
-        if choices := re.match(r"\w+(\|\w+)+", text):  # a comment that begins with a|b|c lists the choices
-            how["choices"] = choices[0].split("|")
-        how |= {"default": argparse.SUPPRESS, "help": f"{text} [{f.default}]".replace("%", "%%")}
-        parser.add_argument(*dict.fromkeys([f"--{f.name}", "--" + f.name.replace("_", "-")]), **how)
-    flags = vars(parser.parse_intermixed_args(argv))
-    mode, *inputs = flags.pop("words") or ["train"]
-    for name, value in flags.items():  # sizes, intervals and counts are at least 1, other numbers 0
-        usual, least, most = getattr(Config, name), 0, 2**63 - 1
-        if type(usual) is int and usual > 0 and not re.search("warmup|layers", name):
-            least = 1
-        if limits := re.match(r"(\d+) to ([\d.]+), ", comments[name]):  # or what a comment begins with
-            least, most = map(float, limits.groups())
-        if isinstance(value, (int, float)) and not least <= value <= most:
-            refuse(f"--{name} {value}: must be {least:g} to {most:g}")
-    if mode not in MODES:
-        refuse(f"{mode!r} is none of the modes {', '.join(MODES)}")
-    takes = re.match(r"([A-Z .[\]]+): ", MODES[mode])  # "FOLDER: ..." must have inputs, "[TEXT]: ..." may
-    if bool(inputs) > bool(takes) or (takes and takes[1][0] != "[" and not inputs):
-        refuse(f"{mode} works on {takes[1] if takes else 'no input'}, not {' '.join(inputs) or 'nothing'}")
-    return mode, inputs, flags
-
-
-def pick_device(name):
-    """The device that --device means; under torchrun the one of this process, and here the processes meet."""
-    mps = WORLD == 1 and torch.backends.mps.is_available()  # over which processes cannot talk
-    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name not in ("auto", "cpu", best):
-        raise UserError(f"--device {name}: there is none here; use --device {best}")
-    device = torch.device(best if name == "auto" else name)
-    if device.type == "cuda":
-        place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if place >= count:
-            raise UserError(f"{place + 1} processes on {count} GPUs; use --nproc_per_node={count}")
-        torch.cuda.set_device(device := torch.device("cuda", place))
-        torch.set_float32_matmul_precision("high")  # TF32
-    if device.type == "cpu" and sys.platform == "linux":  # glibc would give the memory of each large tensor
-        with contextlib.suppress(AttributeError):  # back to the system, and take it again page by page
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0)  # M_MMAP_MAX: none of it apart from the heap
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is kept
-    if WORLD > 1:  # workers that torchrun restarts must not find the addresses of those before in its store
-        store, env = next(dist.rendezvous("env://"))[0], os.environ.get
-        attempt = env("TORCHELASTIC_RESTART_COUNT", "") if env("LOCAL_WORLD_SIZE") == str(WORLD) else ""
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD,
-                                store=dist.PrefixStore(attempt, store))
-    return device
-
-
-def pick_dtype(name, device):
-    """`auto` is bfloat16 where the chip multiplies it natively; on a CPU, only if this script gains by it."""
-    info, cuda = Path("/proc/cpuinfo"), device.type == "cuda"
-    native = torch.cuda.get_device_capability() >= (8, 0) if cuda else (
-        CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text()))
-    dtype = name if name != "auto" else "bfloat16" if native else "float32"
-    chip = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
-    say(f"device: {device} ({chip}) x {WORLD}, {dtype} ({'' if native else 'no '}gain from bfloat16 here)")
-    return dtype
+        print(text, flush=True)
 
 
 def all_sum(tensor):
-    """The sum over all processes, in place."""
+    """Sums a tensor over all processes, in place."""
     if WORLD > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
+def seed_for(*key):
+    """A seed that depends on the key alone, such as (seed, step, rank)."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
+
+
+def parse_args(argv):
+    """The command line as (mode, inputs, flags); flags are only those typed. Each field of Config is a flag,
+    its comment the help, which may begin with choices (a|b|c) or a range (0 to 1)."""
+    def refuse(message):
+        raise UserError(f"{message}; see python {SCRIPT}.py --help")
+
+    parser = argparse.ArgumentParser(
+        usage=f"{SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    parser.error = refuse
+    modes = "; ".join(f"{mode}: {text}" for mode, text in MODES.items())
+    parser.add_argument("words", nargs="*", default=[], metavar="MODE", help=modes)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
+    for name, comment in comments.items():
+        default, choices = getattr(Config, name), re.match(r"\w+(\|\w+)+", comment)
+        how = {"type": type(default), "choices": choices and choices[0].split("|")}
+        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]),
+                            help=f"{comment} [{default}]".replace("%", "%%"),
+                            **({"action": "store_true"} if default is False else how))
+    flags = vars(parser.parse_intermixed_args(argv))
+    mode, *inputs = flags.pop("words") or ["train"]
+    for name, value in flags.items():
+        low, high = int(type(value) is int and getattr(Config, name) > 0), 2**63 - 1  # counts are at least 1
+        if limits := re.match(r"([\d.]+) to ([\d.]+), ", comments[name]):
+            low, high = map(float, limits.groups())
+        if type(value) in (int, float) and not low <= value <= high:
+            refuse(f"--{name} {value}: must be {low:g} to {high:g}")
+    if mode not in MODES:
+        refuse(f"unknown mode {mode!r}, must be {', '.join(MODES)}")
+    takes = MODES[mode][0]  # "FILE: ..." has inputs, "[TEXT]: ..." may have some, other modes have none
+    if takes != "[" and bool(inputs) != takes.isupper():
+        refuse(f"{mode} takes {MODES[mode] if takes.isupper() else f'no input, not {inputs[0]}'}")
+    return mode, inputs, flags
+
+
+def pick_device(cfg):
+    """The device of this process. Also resolves cfg.dtype, and under torchrun starts the process group."""
+    mps = torch.backends.mps.is_available() and WORLD == 1
+    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if cfg.device not in ("auto", "cpu", best):
+        raise UserError(f"--device {cfg.device}: not available on this machine; use --device {best}")
+    device = torch.device(best if cfg.device == "auto" else cfg.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")  # TF32
+        native = torch.cuda.get_device_capability() >= (8, 0)
+    else:
+        info = Path("/proc/cpuinfo")
+        native = CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if native else "float32"
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say(f"device: {device} x {WORLD}, dtype: {cfg.dtype} (bfloat16 is {'' if native else 'not '}faster here)")
+    return device
+
+
 def load_checkpoint(path):
+    """The dict that Run.save wrote. UserError if the file is not a checkpoint of this script."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        if ckpt["script"] == SCRIPT:
-            return ckpt
-        problem = f"a checkpoint of {ckpt['script']}.py"
-    except FileNotFoundError:
-        problem = "no such file"
+        if ckpt["script"] != SCRIPT:
+            raise ValueError(f"it is of {ckpt['script']}.py")
+        return ckpt
     except Exception as e:  # a damaged file can raise nearly anything
-        problem = f"not a readable checkpoint ({type(e).__name__})"
-    raise UserError(f"{path}: {problem}; train first, or name a checkpoint of {SCRIPT}.py")
+        problem = f"not a readable checkpoint of {SCRIPT}.py ({type(e).__name__}: {str(e)[:60]})"
+        raise UserError(f"{path}: {problem}; train first, or name another file") from None
 
 
-def load_weights(model, state, path, strict=True):
-    """Copies weights into the model; unless strict (--init), those of another size are left out and named."""
-    mine = model.state_dict()
-    fit = {k: v for k, v in state.items() if k in mine and v.shape == mine[k].shape}
-    if left := sorted((set(mine) | set(state)) - set(fit)):
-        if strict or not fit:
-            raise UserError(f"{path}: its weights do not fit this model: {', '.join(left[:5])}")
-        say(f"note: not taken from {path}, being of another size: {', '.join(left[:5])}")
-    model.load_state_dict(fit, strict=False)
+def load_weights(model, state, path):
+    """For --init: copies the weights that fit the model, and names the others."""
+    own = model.state_dict()
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if others := sorted((own.keys() | state.keys()) - fitting.keys()):
+        say(f"note: not taken from {path}, of another shape: {', '.join(others[:5])}")
+    model.load_state_dict(fitting, strict=False)
 
 
 def merge(ckpt, flags, path, fixed):
-    """A checkpoint's Config under the flags typed now, of which the `fixed` ones may not differ from it; what
-    is left to `auto` is the checkpoint's."""
+    """The Config of a checkpoint, with flags over it. UserError if a flag in `fixed` differs from it."""
     flags = {k: v for k, v in flags.items() if v != "auto" or k in FREE}
-    for name in sorted(fixed & set(flags)):
-        if flags[name] != (saved := ckpt["config"].get(name)):
-            raise UserError(f"--{name} {flags[name]}: {path} was made with {saved}; leave it, or start anew")
-    known = {f.name for f in dataclasses.fields(Config)}  # an older version of the script may have had more
+    for name in sorted(fixed & flags.keys()):
+        if flags[name] != ckpt["config"].get(name):
+            raise UserError(f"--{name} {flags[name]}: {path} has {ckpt['config'].get(name)}; start a new run")
+    known = Config.__dataclass_fields__  # another version of the script may have had other fields
     return Config(**{k: v for k, v in ckpt["config"].items() if k in known} | flags)
 
 
 def open_checkpoint(flags):
-    """(cfg, ckpt, device, folder to write into) for the modes that use a trained model."""
-    newest = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=lambda p: p.stat().st_mtime)
-    path = flags.get("ckpt") or (newest[-1] if newest else f"out/{SCRIPT}-demo/best.pt")
-    ckpt, folder = load_checkpoint(path), Path(flags.get("save") or Path(path).parent)
+    """(cfg, ckpt, device, output folder) for the modes that use a trained model."""
+    found = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=os.path.getmtime)
+    path = Path(flags.get("ckpt") or [f"out/{SCRIPT}-demo/best.pt", *found][-1])
+    ckpt = load_checkpoint(path)
     if any(key.startswith("optimizer") for key in ckpt):
-        raise UserError(f"{path}: is what --resume goes on from; name the best.pt beside it")
+        raise UserError(f"{path}: this is a training state (last.pt); pass best.pt")
     cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
-    best = "none yet" if ckpt["best"] is None else f"{ckpt['best']:.5g}"
-    say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {best}")
+    say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {ckpt['best']:.5g}")
+    folder = Path(cfg.save or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    return cfg, ckpt, pick_device(cfg.device), folder
-
-
-def drop_empty(log):
-    """A run that ended before its first line, of bad data for one, gives its folder back to the next."""
-    with contextlib.suppress(OSError):
-        if not log.stat().st_size:
-            log.unlink()
+    return cfg, ckpt, pick_device(cfg), folder
 
 
 class Run:
-    """A training run: its configuration and folder, the losses on the way, the wish to stop."""
+    """A training run: its Config and folder, the losses since the last log line, the request to stop."""
 
     def __init__(self, flags, training):
-        self.began, self.asked, self.pending, self.wish, self.stop = time.perf_counter(), 0, [], False, False
         name = flags.get("data", "auto")
         if name == "auto":
             name = next((n for n, inside in AUTO.items() if Path("data", n, inside).exists()), "demo")
-        self.device, self.ckpt = pick_device(flags.get("device", "auto")), {}
-        self.cfg, box = Config(**PRESETS.get(name, {}) | flags | {"data": name}), [None]
-        if training and RANK == 0:  # rank 0 picks the folder, and tells the others
-            box = [self.pick_folder(Path(flags.get("out") or f"out/{SCRIPT}-{Path(name).name}"), flags)]
-        if WORLD > 1:
-            dist.broadcast_object_list(box)
-        self.folder = box[0]
-        if training and (last := self.folder / "last.pt").exists():
+        self.cfg, self.ckpt = Config(**PRESETS.get(name, {}) | flags | {"data": name}), {}
+        self.folder = Path(self.cfg.out or f"out/{SCRIPT}-{Path(name).resolve().name}")
+        last = self.folder / "last.pt"
+        if training and last.exists():
+            if not self.cfg.resume:
+                raise UserError(f"{self.folder}: holds a run; use --resume to continue it, or another --out")
             self.ckpt = load_checkpoint(last)
-            self.cfg = merge(self.ckpt, flags, last, {f.name for f in dataclasses.fields(Config)} - FREE)
+            self.cfg = merge(self.ckpt, flags, last, Config.__dataclass_fields__.keys() - FREE)
         say(f"data: {self.cfg.data}" + (f" (generated; {REAL})" if self.cfg.data == "demo" else ""))
-        self.cfg.dtype = pick_dtype(self.cfg.dtype, self.device)
-        start = {"step": 0, "best": None, "window": [], "seconds": 0.0}
-        self.step, self.best, self.window, self.seconds = (self.ckpt.get(k, v) for k, v in start.items())
-        self.mark = self.began, self.step
-        if training and RANK == 0:  # the log goes on from the checkpoint's step
-            path = self.folder / "log.jsonl"
-            kept, part = [], path.with_suffix(".part")
-            for line in path.read_text(encoding="utf-8").splitlines() if self.ckpt and path.exists() else ():
-                with contextlib.suppress(ValueError):  # what a full disk cut short
-                    record = json.loads(line)
-                    kept += [line + "\n"] * (record["step"] <= self.step and record["split"] != "test")
-            part.write_text("".join(kept), encoding="utf-8")
-            os.replace(part, path)
-            self.log = path.open("a", encoding="utf-8", buffering=1)
-            atexit.register(drop_empty, path)
-        for number in (signal.SIGINT, signal.SIGTERM) if training else ():
-            signal.signal(number, self.ask_to_stop)
-
-    def pick_folder(self, base, flags):
-        """The folder to write into: one that holds a run is continued or left alone."""
-        base = base if base.name else base.resolve()
-        family = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 1000) if base.name)]
-        runs = {p: (p / "last.pt").stat().st_mtime for p in family if (p / "last.pt").exists()}
-        if flags.get("resume"):
-            folder = max(runs, key=runs.get) if runs and not flags.get("out") else base
-            folder.mkdir(parents=True, exist_ok=True)
-        for folder in family if not flags.get("resume") else ():
-            folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):  # of a run that began at the same time
-                if folder not in runs:
-                    (folder / "log.jsonl").touch(exist_ok=False)
-                    break
-        say(f"run: {folder}" + (" continued" if folder in runs else f" ({base} is taken)" * (folder != base)))
-        return folder
-
-    def ask_to_stop(self, number, _):
-        self.wish, now = True, time.perf_counter()
-        if self.asked and now - self.asked > 2:  # a second one, if not torchrun's copy of the first
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.asked = self.asked or now
+        self.device, self.began = pick_device(self.cfg), time.perf_counter()
+        start = {"step": 0, "best": None, "seconds": 0.0, "log_bytes": 0}
+        self.step, self.best, self.seconds, log_bytes = (self.ckpt.get(k, v) for k, v in start.items())
+        self.sums, self.mark, self.asked, self.stop = 0.0, (self.began, self.step), False, False
+        if training and RANK == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / "log.jsonl").open("ab") as log:
+                log.truncate(min(log.tell(), log_bytes))  # drops what is later than the checkpoint
+        if training and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: setattr(self, "asked", True))
 
     def step_done(self, losses, total, count, lr):
-        """After each step: (evaluate, save), the same on all ranks. `losses` is {name: scalar on the device},
-        this rank's share (its sum * world / global count); `count` is the number of items in the step. Losses
-        stay on the device until a log line or a save is due: there a non-finite one is seen, and ranks agree
-        to stop."""
-        self.step, cfg = self.step + 1, self.cfg
-        self.pending.append(torch.stack([v.detach().float() for v in losses.values()]))
-        log, check, save = (self.step == total or self.step % n == 0
-                            for n in (cfg.log_every, cfg.eval_every, cfg.save_every))
-        self.wish |= 0 < cfg.max_minutes <= (time.perf_counter() - self.began) / 60
-        look = self.wish if WORLD == 1 else self.device.type == "cpu" and self.step % 10 == 0
-        if log or check or save or look:
-            rows = torch.stack([*self.pending, torch.full_like(self.pending[0], float(self.wish))])
-            *rows, wish = (all_sum(rows) / WORLD).tolist()  # the shares' mean is the loss of the global batch
-            for step, row in enumerate(rows, self.step - len(rows) + 1):
-                if not all(map(math.isfinite, row)):
-                    raise not_finite(step, f"the loss, {dict(zip(losses, row))},")
-            self.window, self.pending = self.window + rows, []
-            self.stop = wish[0] > 0 and self.step < total
-        if log:
-            rate = (self.step - self.mark[1]) / max(1e-9, time.perf_counter() - self.mark[0])
-            means = {name: statistics.fmean(column) for name, column in zip(losses, zip(*self.window))}
-            self.write("train", means | {"lr": lr, "items/s": round(rate * count, 1)},
-                       f"| eta {(total - self.step) / max(rate, 1e-9) / 60:.1f} min", end="\r")
-            self.window, self.mark = [], (time.perf_counter(), self.step)
+        """Call after each step; -> (evaluate, save), the same on all ranks. `losses` is {name: scalar on the
+        device}, each the share of this rank: its sum * world / global count; `count` is the items in a step.
+        Losses are read from the device, and ranks agree to stop, only where a log line or a save is due."""
+        self.step += 1
+        self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
+        log, check, save = (self.step == total or self.step % every == 0
+                            for every in (self.cfg.log_every, self.cfg.eval_every, self.cfg.save_every))
+        self.asked |= 0 < self.cfg.max_minutes <= (time.perf_counter() - self.began) / 60
+        agree = self.asked if WORLD == 1 else self.device.type == "cpu" and self.step % 10 == 0
+        if log or check or save or agree:
+            shares = torch.cat([self.sums, self.sums.new_tensor([self.asked])])
+            *sums, asked = (all_sum(shares) / WORLD).tolist()
+            check_finite(self.step, dict(zip(losses, sums)))
+            self.stop = asked > 0 and self.step < total
+        if log or check or save or self.stop:
+            seconds, steps = time.perf_counter() - self.mark[0], self.step - self.mark[1]
+            means = {name: value / steps for name, value in zip(losses, sums)}
+            self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds)},
+                       f"eta {(total - self.step) * seconds / steps / 60:.1f} min")
+            self.sums, self.mark = 0.0, (time.perf_counter(), self.step)
         return check, check or save or self.stop
 
-    def write(self, split, figures, more="", end="\n"):
-        """A record in log.jsonl, and a line, which on a terminal is overwritten if it ends in a return."""
+    def write(self, split, figures, more=""):
+        """Appends a record to log.jsonl, and prints it as a line."""
         if RANK == 0:
-            self.log.write(json.dumps({"step": self.step, "split": split, **figures}) + "\n")
-            live = sys.stdout.isatty()
-            line = f"{split:5} {self.step:>6} | {show(figures, ' ', '<8.4g')}{more}"
-            say("\x1b[K" * live + line, end if live else "\n")
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": self.step, "split": split, **figures}) + "\n")
+            say(f"{split:5} {self.step:>7,} | {show(figures, '  ', 4, 8)}  {more}".rstrip())
 
     def save(self, name, **state):
-        """Rank 0 writes the checkpoint: whole or not at all, whatever happens meanwhile."""
-        for key, weight in state["model"].items():  # a gradient may be infinite where the loss was not
-            if not weight.isfinite().all():
-                raise not_finite(self.step, key)
-        seconds = self.seconds + time.perf_counter() - self.began
-        state |= {"script": SCRIPT, "config": dataclasses.asdict(self.cfg), "step": self.step,
-                  "best": self.best, "window": self.window, "seconds": seconds}
+        """Rank 0 writes a checkpoint, whole or not at all; the others wait for it."""
+        check_finite(self.step, state["model"])  # a gradient may be infinite where the loss was not
         path, part = self.folder / name, self.folder / f"{name}.part"
-        try:
-            if RANK == 0:
-                with part.open("wb") as f:
-                    torch.save(state, f)
-                    os.fsync(f.fileno())
+        if RANK == 0:
+            state |= {"script": SCRIPT, "config": vars(self.cfg), "step": self.step, "best": self.best,
+                      "seconds": self.seconds + time.perf_counter() - self.began,
+                      "log_bytes": (self.folder / "log.jsonl").stat().st_size}
+            try:
+                with part.open("wb") as file:
+                    torch.save(state, file)
+                    os.fsync(file.fileno())
                 os.replace(part, path)
-        except (OSError, RuntimeError) as e:
-            part.unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot save ({e}); its old content is whole; make room, --resume")
-        all_sum(torch.zeros(1, device=self.device))  # the others wait, so that they read what was saved
-        self.mark = time.perf_counter(), self.step  # evaluating and saving do not count as training time
-
-    def stopped(self):
-        start = ["python"] if WORLD == 1 else ["torchrun", "--standalone", f"--nproc_per_node={WORLD}"]
-        words = [*start, f"{SCRIPT}.py", "--data", self.cfg.data, "--out", str(self.folder), "--device",
-                 self.device.type, "--resume"]
-        say(f"stopped at step {self.step}; to continue: {shlex.join(words)}")
+            except (OSError, RuntimeError) as e:
+                part.unlink(missing_ok=True)
+                raise UserError(f"{path}: cannot save ({e}); the old file is intact, use --resume") from None
+        all_sum(torch.zeros(1, device=self.device))
+        self.mark = time.perf_counter(), self.step  # evaluation and saving are not training time
+        if self.stop and name == "last.pt":
+            say(f"stopped at step {self.step}; to continue, repeat the command with --resume")
 
     def finish(self, figures):
-        """The last line of a run, and its learning curves."""
+        """Logs the test figures, draws the log as curves.png, and prints the last line."""
         self.write("test", figures)
+        if RANK == 0 and (figure := new_figure(12, 9)):
+            lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            records = [json.loads(line) for line in lines[:-1]]
+            last = {name: value for record in records for name, value in record.items() if name != "step"}
+            names = [name for name, value in last.items() if isinstance(value, (int, float))]
+            for i, name in enumerate(names, 1):
+                axes = figure.add_subplot(math.ceil(len(names) / 3), 3, i, xlabel="step", ylabel=name)
+                for split in ("train", "val"):
+                    rows = [r for r in records if r["split"] == split and name in r]
+                    axes.plot([r["step"] for r in rows], [r[name] for r in rows], ".-", label=split)
+                axes.legend()
+            figure.savefig(self.folder / "curves.png", dpi=100)
         minutes = (self.seconds + time.perf_counter() - self.began) / 60
-        if RANK == 0:
-            self.log.close()
-            draw_curves(self.folder)
-        say(f"log and pictures: {self.folder}\n"
-            f"final test {show(figures, ', ', '.5g')} | {minutes:.1f} min | {peak_gb(self.device):.1f} GB")
+        memory = f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if self.device.type == "cuda" else ""
+        say(f"log and pictures: {self.folder}\nfinal test {show(figures)} | {minutes:.1f} min{memory}")
 
 
-def not_finite(step, what):
-    return UserError(f"step {step}: {what} is not finite; last.pt is from before: start anew with a lower "
-                     "--lr, or --dtype float32")
+def check_finite(step, values):
+    """UserError if one of {name: tensor or number} is not finite."""
+    for name, value in values.items():
+        if not torch.as_tensor(value).isfinite().all():
+            raise UserError(f"step {step}: {name} is not finite; last.pt is older; lower --lr in a new run")
 
 
-def show(figures, between, form):
-    return between.join(f"{k} {v:{form}}" for k, v in figures.items() if isinstance(v, (int, float)))
-
-
-def peak_gb(device):
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else rss) / 1e9
+def show(figures, between=", ", digits=5, width=0):
+    """The numbers of {name: value} as text, such as "loss 0.1234, images/s 19,850"."""
+    texts = {name: f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+             for name, value in figures.items() if isinstance(value, (int, float))}
+    return between.join(f"{name} {text:{width}}" for name, text in texts.items())
 
 
 def new_figure(*size):
-    """A matplotlib Figure; where there is no matplotlib, None and a line that says so."""
+    """A matplotlib Figure; without matplotlib None, and a line that says so."""
     try:
         from matplotlib.figure import Figure
-        return Figure(figsize=size, layout="constrained")
+        return Figure(size, layout="constrained")
     except ImportError:
         say("note: a picture is left out, since matplotlib is not installed")
 
 
-def draw_curves(folder):
-    """curves.png: each figure of log.jsonl against the step."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = {k: v for r in records[:-1] for k, v in r.items()}
-    names = [k for k, v in last.items() if isinstance(v, (int, float)) and k != "step"]
-    rows = math.ceil(len(names) / 3)
-    if figure := new_figure(12, 3 * rows):
-        for i, name in enumerate(names, 1):
-            axes = figure.add_subplot(rows, 3, i, xlabel="step", ylabel=name)
-            for split in ("train", "val"):
-                if points := [(r["step"], r[name]) for r in records if r["split"] == split and name in r]:
-                    axes.plot(*zip(*points), label=split, marker="." if len(points) < 30 else "")
-            axes.legend()
-        figure.savefig(folder / "curves.png", dpi=100)
-
-
-def bench(run, raw, fetch, update, count):
-    """Times the training step, eager, then compiled, and prints a JSON line: fetch(step) -> batch is the wait
-    for data, update(step, batch) the computation; `count` items are in a step."""
-    wait = getattr(torch, run.device.type).synchronize
-    with FlopCounterMode(display=False) as flops:
-        update(1, fetch(1))
-    result = {"script": SCRIPT, "data": run.cfg.data, "device": str(run.device), "dtype": run.cfg.dtype,
-              "world": WORLD}
-    for kind in ("eager", "compiled"):
-        times = []
-        for step in range(1, 37):  # the first compiles, five more warm up
-            start = time.perf_counter()
-            if kind == "compiled" and step == 1:
-                raw.compile()
-            batch = fetch(step)
-            wait()
-            ready = time.perf_counter()
-            update(step, batch)
-            wait()
-            times.append((time.perf_counter() - start, ready - start))
-        seconds, data = (statistics.median(column) for column in zip(*times[6:]))
-        result[kind] = {"items/s": round(count / seconds, 1), "ms_per_step": round(1e3 * seconds, 3),
-                        "data_share": round(data / seconds, 4), "first_step_seconds": round(times[0][0], 1),
-                        "tflops": round(flops.get_total_flops() * WORLD / seconds / 1e12, 3)}
-    say(json.dumps(result | {"peak_gb": round(peak_gb(run.device), 2)}))
+def bench(run, fetch, update, count):
+    """Prints one JSON line: the median time of a training step, and the share of it spent in fetch(step), the
+    rest being update(step, batch). `count` is the number of items in a step."""
+    wait, times = getattr(torch, run.device.type).synchronize, []
+    for step in range(1, 31):  # the first may compile, nine more warm up
+        start = time.perf_counter()
+        batch = fetch(step)
+        wait()
+        fetched = time.perf_counter()
+        update(step, batch)
+        wait()
+        times.append((time.perf_counter() - start, fetched - start))
+    seconds, data = (statistics.median(column) for column in zip(*times[10:]))
+    say(json.dumps({"script": SCRIPT, "data": run.cfg.data, "device": str(run.device), "processes": WORLD,
+                    "dtype": run.cfg.dtype, f"{UNIT}/s": round(count / seconds, 1),
+                    "ms_per_step": round(1e3 * seconds, 3), "data_share": round(data / seconds, 4),
+                    "first_step_seconds": round(times[0][0], 1)}))
 # ---- end of runtime ----
 
 
@@ -929,14 +851,14 @@ def main(argv=None):
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, device)
-    if ckpt or cfg.init:
-        load_weights(raw, (ckpt or load_checkpoint(cfg.init))["model"], run.folder if ckpt else cfg.init,
-                     strict=bool(ckpt))
+    if cfg.init and not ckpt:
+        load_weights(raw, load_checkpoint(cfg.init)["model"], cfg.init)
     optimizer = torch.optim.Adam(raw.parameters(), cfg.lr, fused=True)
     if ckpt:
+        raw.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
     on_cuda = device.type == "cuda" and sys.platform == "linux"
-    if mode == "train" and (cfg.compile == "on" or (cfg.compile == "auto" and on_cuda)):
+    if cfg.compile == "on" or (cfg.compile == "auto" and on_cuda):
         raw.compile()  # in place, so that its weights keep their names
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
 
@@ -968,7 +890,7 @@ def main(argv=None):
         return {"loss": loss, "error": error, "kl": kl}
 
     if mode == "bench":
-        return bench(run, raw, fetch, update, size)
+        return bench(run, fetch, update, size)
 
     for step in range(run.step + 1, total + 1):
         losses = update(step, fetch(step))
@@ -984,10 +906,10 @@ def main(argv=None):
         if save:
             run.save("last.pt", model=raw.state_dict(), optimizer=optimizer.state_dict())
         if run.stop:
-            return run.stopped()
+            return
 
     best = load_checkpoint(run.folder / "best.pt")
-    load_weights(raw, best["model"], run.folder)
+    raw.load_state_dict(best["model"])
     figures, _ = score(raw, cfg, data, device)
     if RANK == 0:
         draw(raw, cfg, best, data, run.folder, device)

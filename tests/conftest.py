@@ -1,4 +1,4 @@
-"""What all tests share: the scripts that are there, their smallest settings, and ways to run them."""
+"""What all tests share: the scripts, their smallest settings, and ways to run them."""
 import importlib
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from forks import SMALL_DEMO
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -20,16 +21,13 @@ def a_sound(folder):
     soundfile.write(folder / "a.wav", np.random.default_rng(0).normal(size=16000) * 0.1, 16000)
 
 
-# Muon rounds to bfloat16, which gives the same twice, but not on two ranks.
-NO_ROUNDING = "import torch; torch.Tensor.bfloat16 = torch.Tensor.float"
-
 # Per script: flags that make its demo tiny; flags and a patch that take all noise out of its training; a prediction,
 # and what makes its input.
 TABLE = {
     "vae": {
         "tiny": "--width 4 --hidden 16 --iwae_n 4 --iwae_k 10",
         "noise_off": "--likelihood gaussian",
-        "patch": "vae.reparameterize = lambda mu, logvar: mu",
+        "patch": "module.reparameterize = lambda mu, logvar: mu",
         "predict": "sample --n 9 --save pictures",
         "predicted": "pictures/samples.png",
         "shape_flag": "--latent_dim 3",
@@ -38,7 +36,6 @@ TABLE = {
     "fasterrcnn_mask": {
         "tiny": "--image_size 32 --batch_size 2 --warmup 10",
         "noise_off": "--augment 0",
-        "patch": "pass",
         "ranks_equal_one": False,  # each process draws the anchors and boxes that it learns from
         "predict": "detect out/fasterrcnn_mask-demo/curves.png --save pictures",
         "predicted": "pictures/curves.png",
@@ -47,7 +44,6 @@ TABLE = {
     "transformer_mt": {
         "tiny": "--vocab_size 120 --batch_size 400 --beam_size 2 --max_len 20",
         "noise_off": "--dropout 0",
-        "patch": NO_ROUNDING,
         "predict": "translate --save pictures Hello",
         "predicted": "pictures/attention.png",
         "shape_flag": "--size base",
@@ -55,7 +51,6 @@ TABLE = {
     "las_asr": {
         "tiny": "--hidden 8 --speller 8 --batch_size 20000",
         "noise_off": "--dropout 0 --specaugment 0 --teacher 1",
-        "patch": "pass",
         "input": a_sound,
         "predict": "transcribe a.wav --save texts",
         "predicted": "texts/transcripts.tsv",
@@ -65,7 +60,6 @@ TABLE = {
     "convnext_face": {
         "tiny": "--image_size 16 --batch_size 16",
         "noise_off": "--drop_path 0 --augment 0",
-        "patch": NO_ROUNDING,
         "predict": "eval --save pictures",
         "predicted": "pictures/hardest.png",
         "shape_flag": "--stem_stride 4",
@@ -73,19 +67,18 @@ TABLE = {
 }
 NAMES = ["vae", "convnext_face", "fasterrcnn_mask", "las_asr", "transformer_mt"]
 SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
+each_script = pytest.mark.parametrize("name", SCRIPTS)
 
 
 def flags(name, more=""):
-    return f"--data demo --device cpu --compile off {TABLE[name]['tiny']} {more}".split()
+    return f"--data demo --device cpu --compile off --epochs 100 {TABLE[name]['tiny']} {more}".split()
 
 
-def python(*args, cwd, limit=None, **how):
-    """Runs Python in a process of its own; `limit` caps the size of any file that it writes, in KiB."""
-    command = [sys.executable, *map(str, args)]
-    if limit is not None:
-        command = ["bash", "-c", f'ulimit -f {limit}; trap "" XFSZ; exec "$@"', "bash", *command]
+def python(*args, cwd, **how):
+    """Starts Python, which takes seconds: for what a forked process (forks.py) cannot show."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=300, **how)
+    how["env"] = environment | how.get("env", {})
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, text=True, capture_output=True, timeout=300, **how)
 
 
 def torchrun(*args):
@@ -94,7 +87,7 @@ def torchrun(*args):
 
 def log_of(folder):
     """The records of a run's log, without the speeds."""
-    lines = (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()
+    lines = (pathlib.Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.endswith("/s")} for line in lines]
 
 
@@ -107,10 +100,15 @@ def weights_of(path):
 def call(tmp_path, monkeypatch, capfd):
     """call(script, "eval --n 3") runs main in this process, in an empty folder: (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    small = []
 
     def run(name, arguments):
-        module = importlib.import_module(name)
-        status = 0
+        module, status = importlib.import_module(name), 0
+        if SMALL_DEMO[name] and module not in small:
+            function = SMALL_DEMO[name].split(".")[1].split("\n")[0]
+            monkeypatch.setattr(module, function, getattr(module, function))  # so that it comes back
+            exec(SMALL_DEMO[name], {"module": module})
+            small.append(module)
         try:
             module.main(arguments.split() if isinstance(arguments, str) else arguments)
         except SystemExit as e:
