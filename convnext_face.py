@@ -34,7 +34,6 @@ HW2P2 (Kaggle); Huang et al., "Labeled Faces in the Wild", 2007.
 import argparse
 import contextlib
 import csv
-import dataclasses
 import functools
 import hashlib
 import inspect

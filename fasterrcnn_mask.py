@@ -27,7 +27,6 @@ andrewmvd/face-mask-detection (CC0), unpacked into data/face-mask-detection (ima
 # ///
 import argparse
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import inspect

@@ -30,7 +30,6 @@ loss: Kim et al., "Joint CTC-attention", 2017, arXiv 1609.06773; SpecAugment: Pa
 # ///
 import argparse
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import inspect

@@ -31,7 +31,6 @@ arXiv 2105.14462. Muon: Jordan et al., 2024; Liu et al., "Muon is Scalable for L
 # ///
 import argparse
 import contextlib
-import dataclasses
 import functools
 import gzip
 import hashlib

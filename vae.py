@@ -30,7 +30,6 @@ binarised at random in training and once for testing; 50,000 / 10,000 / 10,000 i
 # ///
 import argparse
 import contextlib
-import dataclasses
 import functools
 import gzip
 import hashlib

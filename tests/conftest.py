@@ -3,6 +3,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -104,9 +105,9 @@ def call(tmp_path, monkeypatch, capfd):
 
     def run(name, arguments):
         module, status = importlib.import_module(name), 0
-        if SMALL_DEMO[name] and module not in small:
-            function = SMALL_DEMO[name].split(".")[1].split("\n")[0]
-            monkeypatch.setattr(module, function, getattr(module, function))  # so that it comes back
+        if module not in small:
+            for function in re.findall(r"module\.(\w+) =", SMALL_DEMO[name]):
+                monkeypatch.setattr(module, function, getattr(module, function))  # so that it comes back
             exec(SMALL_DEMO[name], {"module": module})
             small.append(module)
         try:

@@ -11,7 +11,7 @@ import sacrebleu
 import torch
 import torch.nn as nn
 import transformer_mt as mt
-from conftest import ROOT, python, torchrun
+from forks import fork_two
 
 SMALL = "--device cpu --compile off --vocab_size 120 --batch_size 400 --beam_size 2 --max_len 20 --max_steps 2"
 
@@ -296,8 +296,10 @@ def test_own_files_from_training_to_translation(files, call, refuses, monkeypatc
     refuses("transformer_mt", "translate", "line 2", "not UTF-8")
     assert call("transformer_mt", ["translate", ""])[:2] == (0, "\n")
     refuses("transformer_mt", ["translate", "caf\udce9"], "not UTF-8")
-    done = python(*torchrun(), ROOT / "transformer_mt.py", "translate", "--device", "cpu", cwd=files, input="a man\na dog\n")
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
+    typed = "import io, sys\nsys.stdin = io.TextIOWrapper(io.BytesIO(b'a man\\na dog\\n'))"
+    first, second = fork_two("transformer_mt", "translate --device cpu", files, typed)
+    assert first.returncode == second.returncode == 0 and not second.stdout, first.stderr + second.stderr
+    assert len(first.stdout.splitlines()) == 2
     status, out, err = call("transformer_mt", ["translate", "very " * 200])
     assert status == 0 and len(out.splitlines()) == 1 and "cut" in err
     status, out, _ = call("transformer_mt", ["translate", "--beam_size", "3", "a man", "a dog"])
@@ -306,7 +308,7 @@ def test_own_files_from_training_to_translation(files, call, refuses, monkeypatc
     del ckpt["vocabulary"]
     torch.save(ckpt, "bare.pt")
     refuses("transformer_mt", "translate --ckpt bare.pt hello", "no vocabulary")
-    refuses("transformer_mt", f"{wide} --train_src a --train_tgt b --init bare.pt", "no vocabulary")
+    refuses("transformer_mt", f"{wide} --train_src a --train_tgt b --out new --init bare.pt", "no vocabulary")
     refuses("transformer_mt", "translate --max_len 1 --beam_size 1 hello", "--max_len", "3 to 1024")
 
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TABLE, each_script, flags, log_of, python, torchrun, weights_of
+from conftest import ROOT, SCRIPTS, TABLE, each_script, flags, log_of, python, weights_of
 from forks import fork, fork_two
 
 DIES = """

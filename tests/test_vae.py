@@ -211,7 +211,7 @@ def pictures(tmp_path):
 def test_image_folder(pictures, call):
     status, out, err = call("vae", f"--data pictures {TINY}")
     assert status == 0 and "grey" in out and "knn" in out, err
-    status, out, err = call("vae", f"encode pictures --save codes")
+    status, out, err = call("vae", "encode pictures --save codes")
     codes, files = np.load("codes/codes.npy"), open("codes/files.txt").read().splitlines()
     assert status == 0 and codes.shape == (31, 2) and len(files) == 31 and files == sorted(files)
     status, out, err = call("vae", "interpolate --from_class b --to_class a --save walk")
@@ -232,7 +232,7 @@ def test_unreadable_images(pictures, call, refuses):
     assert status == 0 and "1 of 32 images are unreadable, skipped" in out and "zz.png" in out
     for i in range(5):
         (pictures / f"b/bad{i}.png").write_bytes(b"")
-    refuses("vae", f"--data pictures {TINY}", "31 of 37")
+    refuses("vae", f"--data pictures --out new {TINY}", "31 of 37")
 
 
 def test_bad_input(tmp_path, refuses, call):

@@ -1,9 +1,8 @@
-"""fasterrcnn_mask.py against pycocotools, pixels and torchvision's own detectors."""
+"""fasterrcnn_mask.py's annotations, augmentation and modes: boxes against pixels, what is mended and what refused."""
 import contextlib
 import io
 import json
 import shutil
-import urllib.error
 
 import fasterrcnn_mask as mask
 import numpy as np
@@ -15,105 +14,6 @@ from PIL import Image
 SMALL = "--device cpu --compile off --backbone mobilenet --weights none --image_size 64 --batch_size 2 --max_steps 1"
 
 
-# ----------------------------------------------------------------------------------------------- metrics
-def pycoco(predictions, targets, labels):
-    """COCO's figures by pycocotools, from the same lists."""
-    coco_module, evaluation = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
-    truth, rows = [], []
-    for number, (found, true) in enumerate(zip(predictions, targets), 1):
-        for part, into in ((true, truth), (found, rows)):
-            for i, (x1, y1, x2, y2) in enumerate(part["boxes"].double().tolist()):
-                row = {"image_id": number, "category_id": int(part["labels"][i]), "bbox": [x1, y1, x2 - x1, y2 - y1],
-                       "area": (x2 - x1) * (y2 - y1), "id": len(into) + 1, "iscrowd": 0}
-                if part is true:
-                    row["iscrowd"] = int(part.get("iscrowd", torch.zeros(len(part["boxes"])))[i])
-                else:
-                    row["score"] = float(part["scores"][i])
-                into.append(row)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = coco_module.COCO()
-        coco.dataset = {"images": [{"id": i} for i in range(1, len(targets) + 1)], "annotations": truth,
-                        "categories": [{"id": i} for i in labels]}
-        coco.createIndex()
-        run = evaluation.COCOeval(coco, coco.loadRes(rows) if rows else coco_module.COCO(), "bbox")
-        run.params.imgIds, run.params.catIds = [i + 1 for i in range(len(targets))], labels
-        run.evaluate()
-        run.accumulate()
-        run.summarize()
-    precision = run.eval["precision"][:, :, :, 0, 2]  # (T, R, K) of all areas, 100 boxes
-    per_class = [[p[p > -1].mean() if (p > -1).any() else -1 for p in (precision[..., k], precision[0, :, k])]
-                 for k in range(len(labels))]
-    return {"map": run.stats[0], "map50": run.stats[1], "map75": run.stats[2], "mar100": run.stats[8]}, per_class
-
-
-def random_case(seed):
-    """Images with true boxes and detections near them; by turns ties, crowds, none of the one or of the other."""
-    g = np.random.default_rng(seed)
-    predictions, targets = [], []
-    for _ in range(g.integers(1, 6)):
-        n = g.integers(0, 9) if seed % 7 else 0
-        corner, side = g.uniform(0, 60, (n, 2)), g.uniform(2, 40, (n, 2))
-        if seed % 3 == 0:  # whole pixels: equal IoUs, also exactly at a threshold
-            corner, side = corner.round() // 8 * 8, side.round() // 8 * 8 + 8
-        boxes = np.concatenate([corner, corner + side], 1).astype(np.float32)
-        labels = g.integers(1, 4, n)
-        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
-        if seed % 2:
-            target["iscrowd"] = torch.from_numpy(g.integers(0, 4, n) == 0).long()
-        m = g.integers(0, 150 if seed % 20 == 1 else 14) if seed % 11 else 0
-        source = g.integers(0, n, m) if n else None
-        near = boxes[source] + (g.normal(0, 3, (m, 4)) if seed % 3 else g.integers(-1, 2, (m, 4)) * 4) if n else np.tile(
-            [1, 2, 30, 40], (m, 1))
-        near = np.concatenate([near[:, :2], np.maximum(near[:, 2:], near[:, :2] + 1)], 1).astype(np.float32)
-        scores = g.uniform(0, 1, m).astype(np.float32)
-        found = np.where(g.random(m) < 0.7, labels[source] if n else 1, g.integers(1, 4, m))
-        predictions.append({"boxes": torch.from_numpy(near), "labels": torch.from_numpy(found),
-                            "scores": torch.from_numpy(scores.round(1) if seed % 5 == 0 else scores)})
-        targets.append(target)
-    return predictions, targets
-
-
-@pytest.mark.parametrize("start", range(0, 200, 50))
-def test_coco_map_equals_pycocotools(start):
-    for seed in range(start, start + 50):
-        predictions, targets = random_case(seed)
-        whole, per_class = pycoco(predictions, targets, [1, 2, 3])
-        mine = mask.coco_map(predictions, targets)
-        for name, value in whole.items():
-            assert mine[name] == pytest.approx(value, abs=1e-6), (seed, name)
-        for label, (ap, ap50) in enumerate(per_class, 1):
-            assert mine["map_per_class"].get(label, -1) == pytest.approx(ap, abs=1e-6), (seed, label)
-            assert mine["map50_per_class"].get(label, -1) == pytest.approx(ap50, abs=1e-6), (seed, label)
-
-
-def test_coco_map_by_hand():
-    """One face found, one missed, one false alarm of a better score: precision 1/2 up to a recall of 1/2."""
-    target = {"boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), "labels": torch.tensor([1, 1])}
-    found = {"boxes": torch.tensor([[50.0, 50, 60, 60], [0, 0, 10, 10]]), "labels": torch.tensor([1, 1]),
-             "scores": torch.tensor([0.9, 0.8])}
-    figures = mask.coco_map([found], [target])
-    assert [figures["map"], figures["map50"]] == pytest.approx([0.5 * 51 / 101] * 2)
-    assert figures["mar100"] == 0.5 and figures["map_per_class"].keys() == {1}
-    with pytest.raises(ValueError):
-        mask.coco_map([found], [])
-
-
-def test_best_threshold_has_the_highest_f1():
-    predictions, targets = random_case(4)
-    chosen = mask.best_threshold(predictions, targets, ["a", "b", "c"])
-
-    def f1(threshold):
-        hits = count = shown = 0
-        for label in (1, 2, 3):
-            scores, right, void, true = mask.match(predictions, targets, label)
-            hits, count = hits + (right[0] & (scores >= threshold)).sum(), count + true
-            shown += (~void[0] & (scores >= threshold)).sum()
-        return 2 * hits / (shown + count)
-    scores = torch.cat([p["scores"] for p in predictions]).tolist()
-    assert f1(chosen) == pytest.approx(max(map(f1, scores))) and f1(chosen) > 0
-
-
-# -------------------------------------------------------------------------------------------------- data
 def voc(path, objects, size=(60, 40), before=""):
     """Writes an annotation of (name, xmin, ymin, xmax, ymax) tuples."""
     things = "".join(f"<object><name>{name}</name><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax><ymax>{d}</ymax>"
@@ -189,7 +89,7 @@ def test_odd_items_of_a_folder(folder, call, refuses):
     for i in (10, 11):
         path = folder / f"images/{i}.png"
         path.write_bytes(path.read_bytes()[:300])  # truncated
-    refuses("fasterrcnn_mask", f"--data {folder} {SMALL}", "22 of 25")
+    refuses("fasterrcnn_mask", f"--data {folder} --out new {SMALL}", "22 of 25")
 
 
 def test_boxes_follow_the_frame_of_the_annotation(folder):
@@ -294,122 +194,6 @@ def test_batches_hold_every_image_and_oversample_the_rare():
     assert sum(len(r) == 1 for r in ratios) >= 6
 
 
-# ------------------------------------------------------------------------------------------------- model
-@pytest.mark.parametrize("backbone", ["mobilenet", "resnet50", "resnet50_v2"])
-def test_a_file_of_coco_weights_loads(backbone, tmp_path, monkeypatch):
-    """A file in torchvision's layout of 91 classes: the head is replaced, all else is equal, stages are frozen."""
-    torch.manual_seed(0)
-    source = mask.MODELS[backbone][0](weights=None, weights_backbone=None)
-    for buffer in source.buffers():
-        if buffer.dtype == torch.float:
-            buffer.uniform_(0.5, 1.5)
-    state = source.state_dict()
-    if backbone != "resnet50_v2":  # those files come from frozen norms, which count no batches
-        state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
-    torch.save(state, tmp_path / "coco.pth")
-    model = mask.build_model(4, backbone, str(tmp_path / "coco.pth"), 96, trainable_layers=2)
-    mine = model.state_dict()
-    head = {key for key in state if "box_predictor" in key}
-    assert len(head) == 4 and all(len(mine[key]) in (4, 16) for key in head)
-    assert all(torch.equal(mine[key], state[key]) for key in set(state) - head)
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    expected = {"mobilenet": ("body.0.", "body.12."), "resnet50": ("body.conv1", "body.layer2.")}[backbone.split("_")[0]]
-    assert all(any(name.startswith(f"backbone.{part}") for name in frozen) for part in expected)
-    assert not any("rpn" in n or "roi" in n or "fpn" in n or "layer4" in n or "body.16" in n for n in frozen)
-    mask.training_mode(model)
-    losses = model([torch.rand(3, 96, 96)], [{"boxes": torch.tensor([[10.0, 10, 60, 60]]), "labels": torch.tensor([1])}])
-    sum(losses.values()).backward()
-    assert all(torch.equal(a, b) for (k, a), b in zip(model.state_dict().items(), mine.values()) if "running" in k)
-
-
-def test_weights_that_are_not_there(tmp_path, monkeypatch, refuses):
-    def no_network(*args, **how):
-        raise urllib.error.URLError("no network")
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
-    refuses("fasterrcnn_mask", "--data demo --weights coco --max_steps 1 --device cpu", "--weights none", "no network",
-            "checkpoints", "https://download.pytorch.org")
-    (tmp_path / "no.pth").write_text("nothing")
-    refuses("fasterrcnn_mask", "--data demo --weights no.pth --max_steps 1 --device cpu", "no.pth", "--weights none")
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    refuses("fasterrcnn_mask", "--data demo --weights other.pth --max_steps 1 --device cpu", "other.pth", "1 unknown")
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = mask.build_model(4, "mobilenet", "none", 64).eval()
-    model.roi_heads.score_thresh = 0.0  # untrained: show all it has
-    return model
-
-
-def scenes(count):
-    sizes = [(40, 60), (60, 40), (40, 60), (33, 57)]
-    g = np.random.default_rng(1)
-    return [mask.prepare(Image.fromarray(g.integers(256, size=(*sizes[i % 4], 3), dtype=np.uint8)), 64, str(i))
-            for i in range(count)]
-
-
-def test_detections_do_not_depend_on_the_batch(model):
-    """Alone, in batches, in any order: the same boxes, and those that the model gives for the image itself."""
-    items = scenes(13)
-    together = mask.detections(model, items, torch.device("cpu"))
-    turned = mask.detections(model, items[::-1], torch.device("cpu"))[::-1]
-    for item, a, b in zip(items, together, turned):
-        alone = mask.detections(model, [item], torch.device("cpu"))[0]
-        with torch.no_grad():
-            plain = model([item["image"].float() / 255])[0]
-        plain = {**plain, "boxes": plain["boxes"] / item["scale"]}
-        assert len(a["boxes"]) > 20
-        for other in (b, alone, plain):
-            torch.testing.assert_close(a["boxes"], other["boxes"], atol=1e-3, rtol=0)
-            torch.testing.assert_close(a["scores"], other["scores"], atol=1e-5, rtol=0)
-            assert torch.equal(a["labels"], other["labels"])
-        assert a["boxes"][:, 2].max() <= item["size"][0] + 1e-3 and a["boxes"][:, 3].max() <= item["size"][1] + 1e-3
-
-
-def test_training_losses_do_not_depend_on_batch_mates(model):
-    """Group norm: the features of an image are those it has alone."""
-    x = torch.rand(3, 3, 64, 64)
-    model.train()
-    together, alone = model.backbone(x), model.backbone(x[1:2])
-    model.eval()
-    for key, value in alone.items():
-        torch.testing.assert_close(together[key][1:2], value, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("backbone, weights, strides", [
-    ("mobilenet", "none", [8, 16]), ("mobilenet", "coco", [32, 32]), ("resnet50", "none", [4, 8, 16, 32])])
-def test_strides_do_not_come_from_the_first_image(backbone, weights, strides):
-    net = mask.build(mask.Config(backbone=backbone, weights=weights, image_size=64), ["a"], torch.device("cpu"), trained=True)
-    flat = mask.prepare(Image.new("RGB", (64, 43)), 64)
-    mask.detections(net, [flat], torch.device("cpu"))
-    assert net.roi_heads.box_roi_pool.scales == [1 / s for s in strides]
-
-
-def test_nothing_but_the_backbone_is_compiled():
-    built = mask.build(mask.Config(backbone="mobilenet", weights="none", image_size=64), ["a"], torch.device("cpu"))
-    built.compile(backend="eager")
-    assert built._compiled_call_impl is None and built.backbone._compiled_call_impl is not None
-    assert not any("_orig_mod" in key for key in built.state_dict())
-
-
-def test_drawn_boxes_lie_where_they_should():
-    image = Image.new("RGB", (100, 80))
-    picture = np.asarray(mask.drawn(image, torch.tensor([[20.0, 30, 50, 60]]), torch.tensor([2]), ["a", "b"]))
-    assert picture.shape[:2] == (640, 800)
-    colour = np.array([int(mask.COLOURS[1][i : i + 2], 16) for i in (1, 3, 5)])
-    rows, columns = np.where((picture == colour).all(2))
-    assert (columns.min(), columns.max(), rows.max()) == (160, 400, 480)
-    assert (picture[rows.min() : 240, 160:400] == 255).all(2).any()  # the name, in white, above the box
-
-
-def test_the_worse_of_two_boxes_over_each_other_is_not_shown():
-    found = {"boxes": torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [30, 0, 40, 10]]), "labels": torch.tensor([1, 2, 1]),
-             "scores": torch.tensor([0.6, 0.9, 0.2])}
-    assert mask.sure(found, 0.5)["labels"].tolist() == [2] and len(mask.sure(found, 0.1)["boxes"]) == 2
-
-
-# ------------------------------------------------------------------------------------------------- modes
 @pytest.fixture
 def trained(folder, call):
     assert call("fasterrcnn_mask", f"--data {folder} {SMALL} --out run")[0] == 0

@@ -1,0 +1,279 @@
+"""las_asr.py's files, formats and modes: real sounds, four layouts of a data set, what is refused."""
+import json
+import math
+import shutil
+import tarfile
+import urllib.error
+
+import las_asr as las
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ROOT
+from forks import fork, fork_two
+
+SMALL = "--device cpu --compile off --hidden 8 --speller 8 --max_steps 2 --speeds 1.0"
+
+
+def test_log_mel_finds_a_tone():
+    t = np.arange(16000) / 16000
+    x = las.log_mel(np.sin(2 * np.pi * 1000 * t) + np.random.default_rng(0).normal(size=16000) * 1e-3, 16000)
+    assert x.shape == (101, 80)
+    mel = lambda f: 2595 * math.log10(1 + f / 700)  # noqa: E731
+    raw = las.mel_transform()(torch.sin(torch.from_numpy(2 * np.pi * 1000 * t)).float())
+    assert abs(raw.mean(1).argmax().item() + 1 - mel(1000) / mel(8000) * 81) < 1
+    assert torch.allclose(x.mean(0), torch.zeros(80), atol=1e-4) and torch.allclose(x.std(0), torch.ones(80), atol=1e-2)
+
+
+def test_spec_augment_masks_each_sound_by_itself():
+    torch.manual_seed(0)
+    x = torch.ones(16, 100, 80)
+    y = las.spec_augment(x, 1.0)
+    stripes = [((row == 0).all(1), (row == 0).all(0)) for row in y]  # frames, features
+    assert len({tuple(frames.tolist()) for frames, _ in stripes}) > 8
+    assert all(frames.sum() <= 40 and features.sum() <= 48 for frames, features in stripes)
+    assert 0.05 < (y == 0).float().mean() < 0.6 and set(y.unique().tolist()) == {0.0, 1.0}
+
+
+def test_text_is_mapped_where_obvious():
+    assert las.clean("Hello,  world! It’s café-time") == "HELLO WORLD IT'S CAFE TIME"
+    assert las.clean("yes,no:maybe… the U.S.") == "YES NO MAYBE THE US"
+    for text, word in (("route 66", "6"), ("日本", "transcript"), ("", "empty"), (" ?! ", "empty"), ("R&B", "&"), ("all %", "%")):
+        with pytest.raises(ValueError, match=word):
+            las.clean(text)
+
+
+def test_long_sounds_are_cut_where_it_is_quiet():
+    x = torch.ones(1000, 4) + 0.1 * torch.rand(1000, 4)
+    for quiet in (170, 330, 600, 760):
+        x[quiet - 10 : quiet + 10] = -3
+    parts = las.cut_at_pauses(x, 250)
+    assert torch.equal(torch.cat(parts), x) and max(map(len, parts)) <= 250
+    for n in (250, 251, 312, 400):
+        assert all(62 <= len(part) <= 250 for part in las.cut_at_pauses(x[-n:], 250))
+    ends = np.cumsum([len(p) for p in parts])[:-1]
+    assert sum(min(abs(end - q) for q in (170, 330, 600, 760)) < 18 for end in ends) >= 3  # 10 and half a window
+
+
+SENTENCES = ["OLD DOG", "A RED CUP", "MY KING", "BLUE BOAT", "THE BIRD", "NEW LAMP", "EVERY MAN", "GIRL SEES"]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """A folder with eight sounds, their TSV, and a model that has learnt them by heart."""
+    folder = tmp_path_factory.mktemp("eight")
+    for i, text in enumerate(SENTENCES):
+        soundfile.write(folder / f"{i}.wav", las.demo_voice(text, 120 + 10 * i, 1, 1, i), 16000)
+    lines = "".join(f"{i}.wav\t{text}\n" for i, text in enumerate(SENTENCES))
+    for name in ("train.tsv", "dev.tsv"):
+        (folder / name).write_text(lines)
+    las.main(f"--data {folder} --out {folder}/run --device cpu --compile off --hidden 48 --speller 48 --speeds 1.0 --dtype "
+             "float32 --batch_size 900 --dropout 0 --specaugment 0 --teacher 1 --lr 5e-3 --warmup 20 "
+             "--epochs 150 --eval_every 50 --log_every 50".split())
+    return folder
+
+
+def test_eight_utterances_are_memorised(eight):
+    records = [json.loads(line) for line in (eight / "run" / "log.jsonl").read_text().splitlines()]
+    assert records[-1]["split"] == "test" and records[-1]["cer"] == records[-1]["wer"] == records[-1]["distance"] == 0
+    rows = (eight / "run" / "val.tsv").read_text().splitlines()
+    assert rows == ["reference\thypothesis", *(f"{t}\t{t}" for t in SENTENCES)]
+    assert (eight / "run" / "attention.png").stat().st_size > 5000
+
+
+def test_a_transcript_survives_formats_rates_and_channels(eight, call, tmp_path):
+    import torchaudio
+    for i, text in enumerate(SENTENCES[:4]):
+        wave, _ = soundfile.read(eight / f"{i}.wav", dtype="float32")
+        fast = torchaudio.functional.resample(torch.from_numpy(wave), 16000, 44100).numpy()
+        for name, data, rate in (("a.flac", wave, 16000), ("b.ogg", wave, 16000), ("c.wav", np.stack([fast, fast], 1), 44100),
+                                 ("d.mp3", fast, 44100), ("e.wav", wave * 0.2, 16000)):
+            soundfile.write(tmp_path / name, data, rate)
+        np.save(tmp_path / "f.npy", las.log_mel(wave, 16000).numpy())
+        files = "a.flac b.ogg c.wav d.mp3 e.wav f.npy"
+        status, out, _ = call("las_asr", f"transcribe {files} --ckpt {eight}/run/best.pt --device cpu")
+        assert status == 0 and out.splitlines() == [f"{name}: {text}" for name in files.split()]
+    status, out, _ = call("las_asr", f"transcribe a.flac --json --ckpt {eight}/run/best.pt --device cpu")
+    line = json.loads(out)
+    assert line["text"] == SENTENCES[3] and line["score"] <= 0 and line["seconds"] == pytest.approx(len(wave) / 16000, abs=0.02)
+
+
+def test_a_long_file_is_cut_and_joined(eight, call, tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(las, "transcripts", lambda model, data, *_: (
+        heard.extend(data[1]), ([f"PART {i}" for i in range(len(data[1]))], [-0.5] * len(data[1])))[1])
+    soundfile.write(tmp_path / "long.wav", np.random.default_rng(0).normal(size=16000 * 4) * 0.1, 16000)
+    status, out, _ = call("las_asr", f"transcribe long.wav --ckpt {eight}/run/best.pt --device cpu")
+    longest = torch.load(eight / "run" / "best.pt", weights_only=True)["longest"]
+    assert sum(heard) == 401 and max(heard) <= longest < 401
+    assert status == 0 and out.strip() == " ".join(f"PART {i}" for i in range(len(heard)))
+
+
+def test_bad_sounds_to_transcribe(eight, call, refuses, tmp_path):
+    ckpt = f"--ckpt {eight}/run/best.pt --device cpu"
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16000)
+    soundfile.write(tmp_path / "silence.wav", np.zeros(16000), 16000)
+    soundfile.write(tmp_path / "blip.wav", np.ones(300) * 0.1, 16000)
+    soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    (tmp_path / "text.wav").write_text("no sound")
+    np.save(tmp_path / "narrow.npy", np.random.rand(50, 13).astype("float32"))
+    np.save(tmp_path / "flat.npy", np.zeros(50))
+    for name, word in (("none.wav", "empty"), ("silence.wav", "silent"), ("blip.wav", "frames"), ("nan.wav", "not finite"),
+                       ("text.wav", "text.wav"), ("narrow.npy", "13 features"), ("flat.npy", "(T, F)"), ("gone.wav", "gone.wav")):
+        refuses("las_asr", f"transcribe {name} {ckpt}", name, word)
+    refuses("las_asr", f"transcribe {ckpt}", "FILE")
+    status, out, err = call("las_asr", f"transcribe gone.wav {eight}/0.wav {ckpt}")
+    assert status == 2 and out.splitlines() == [f"{eight}/0.wav: {SENTENCES[0]}"] and err.count("error:") == 1
+
+
+def write_set(folder, count=30):
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        soundfile.write(folder / f"{i}.wav", rng.normal(size=8000) * 0.1, 16000)
+    return [f"{i}.wav\tWORD" for i in range(count)]
+
+
+def test_bad_lines_of_a_set(call, refuses, tmp_path):
+    lines = write_set(tmp_path)
+    tsv = tmp_path / "my.tsv"
+
+    def train(*more, out):
+        tsv.write_text("\n".join([*more, *lines]))
+        return f"--data {tsv} --out {out} {SMALL}"
+
+    refuses("las_asr", train("no tab here", out="a"), "my.tsv, line 1", "tab")
+    for i, (line, word) in enumerate((("gone.wav\tWORD", "gone.wav"), ("1.wav\tROUTE 66", "'6'"), ("2.wav\t", "empty"))):
+        status, out, _ = call("las_asr", train(line, out=f"run{i}"))
+        assert status == 0 and "1 of " in out and word in out  # skipped, counted, named
+    refuses("las_asr", train(*["gone.wav\tWORD"] * 5, out="b"), "unreadable", "gone.wav")
+    tsv.write_text("\ufeff" + "\r\n".join(["0.wav\tFOO\u2028BAR", *lines]), newline="")  # as a spreadsheet writes it
+    assert las.read_tsv(tsv)[:2] == [(tmp_path / "0.wav", "FOO\u2028BAR"), (tmp_path / "0.wav", "WORD")]
+    tsv.write_text("")
+    refuses("las_asr", f"--data {tsv} {SMALL}", "no utterances")
+    (tmp_path / "nothing").mkdir()
+    refuses("las_asr", f"--data nothing {SMALL}", "train.tsv")
+    refuses("las_asr", f"--data demo --speeds fast {SMALL.replace('--speeds 1.0', '')}", "--speeds")
+    refuses("las_asr", f"--data demo --dropout 1 {SMALL}", "--dropout", "0.99")
+
+
+def test_a_set_without_validation_holds_some_back(call, tmp_path):
+    (tmp_path / "my.tsv").write_text("\n".join(write_set(tmp_path)))
+    status, out, _ = call("las_asr", f"--data my.tsv {SMALL}")
+    assert status == 0 and "29 train, 1 val" in out
+
+
+def test_the_cache_is_used_and_never_stale(call, tmp_path, monkeypatch):
+    (tmp_path / "my.tsv").write_text("\n".join(write_set(tmp_path)))
+    assert call("las_asr", f"--data my.tsv {SMALL} --out a")[0] == 0
+    plain, reads = las.read_features, []
+    monkeypatch.setattr(las, "read_features", lambda *args: reads.append(args) or plain(*args))
+    assert call("las_asr", f"--data my.tsv {SMALL} --out b")[0] == 0 and not reads
+    soundfile.write(tmp_path / "3.wav", np.ones(16000) * 0.1, 16000)
+    assert call("las_asr", f"--data my.tsv {SMALL} --out c")[0] == 0 and len(reads) == 29
+    for path in (tmp_path / "cache").glob("*.pt"):
+        path.write_bytes(b"damaged")
+    reads.clear()
+    assert call("las_asr", f"--data my.tsv {SMALL} --out d")[0] == 0 and len(reads) == 30
+
+
+def kaggle(folder, dim=13):
+    rng = np.random.default_rng(0)
+    for part, count in (("train-clean-100", 6), ("dev-clean", 3), ("test-clean", 4)):
+        (folder / part / "mfcc").mkdir(parents=True)
+        (folder / part / "transcript" / "raw").mkdir(parents=True)
+        for i in range(count):
+            np.save(folder / part / "mfcc" / f"u{i}.npy", rng.normal(size=(40 + i, dim)).astype("float32"))
+            if part != "test-clean":
+                np.save(folder / part / "transcript" / "raw" / f"u{i}.npy", np.array(["<sos>", *"IT'S A", "<eos>"]))
+
+
+def test_the_kaggle_layout(call, refuses, tmp_path):
+    kaggle(tmp_path / "data" / "hw4p2")
+    small = SMALL.replace("1.0", "0.9 1.0 1.1").replace("--speeds 0.9 1.0 1.1", "").split() + ["--speeds", "0.9 1.0 1.1"]
+    status, out, _ = call("las_asr", ["--data", "hw4p2", *small])
+    assert status == 0 and "18 train, 3 val; 13 features" in out
+    rows = (tmp_path / "out" / "las_asr-hw4p2" / "submission.csv").read_text().splitlines()
+    assert rows[0] == "index,label" and [row.split(",")[0] for row in rows[1:]] == ["0", "1", "2", "3"]
+    refs = [row.split("\t")[0] for row in (tmp_path / "out" / "las_asr-hw4p2" / "val.tsv").read_text().splitlines()[1:]]
+    assert refs == ["IT'S A"] * 3
+    for i in range(25):
+        np.save(tmp_path / "data" / "hw4p2" / "test-clean" / "mfcc" / f"v{i}.npy", np.random.rand(9 - 2 * (i == 3), 13))
+    (tmp_path / "out" / "las_asr-hw4p2" / "submission.csv").unlink()
+    status, out, _ = call("las_asr", "eval --data hw4p2 --device cpu")  # one of its rows would be missing
+    assert status == 0 and "all of the 29 files" in out and "v3.npy (7 frames" in out
+    assert not (tmp_path / "out" / "las_asr-hw4p2" / "submission.csv").exists()
+    folder = tmp_path / "data" / "hw4p2" / "train-clean-100"
+    np.save(folder / "mfcc" / "u1.npy", np.zeros((40, 12), "float32"))
+    refuses("las_asr", ["--data", "hw4p2", *small, "--out", "new"], "hw4p2", "features")
+    (folder / "transcript" / "raw" / "u1.npy").unlink()
+    refuses("las_asr", ["--data", "hw4p2", *small, "--out", "new"], "u1.npy", "transcript")
+
+
+def test_a_checkpoint_of_other_features(call, refuses, tmp_path):
+    for name, dim in (("wide", 13), ("narrow", 7)):
+        kaggle(tmp_path / name, dim)
+        assert call("las_asr", f"--data {name} {SMALL} --out run-{name}")[0] == 0
+    refuses("las_asr", "eval --ckpt run-wide/best.pt --data narrow --device cpu", "7 features", "13")
+
+
+def libri(folder, parts):
+    rng = np.random.default_rng(0)
+    for speaker, part in enumerate(parts):
+        inside = folder / "LibriSpeech" / part / f"{speaker}" / "7"
+        inside.mkdir(parents=True)
+        names = [f"{speaker}-7-000{i}" for i in range(3)]
+        for name in names:
+            soundfile.write(inside / f"{name}.flac", rng.normal(size=9000) * 0.1, 16000)
+        (inside / f"{speaker}-7.trans.txt").write_text("".join(f"{name} ALL THE WORDS\n" for name in names))
+
+
+def test_the_librispeech_layout(call, refuses, tmp_path):
+    libri(tmp_path, ("train-clean-100", "dev-clean"))
+    status, out, _ = call("las_asr", f"--data . {SMALL} --out run")
+    assert status == 0 and "3 train, 3 val; 80 features" in out
+    assert "ALL THE WORDS" in (tmp_path / "run" / "val.tsv").read_text()
+    shutil.rmtree(tmp_path / "LibriSpeech" / "train-clean-100")
+    refuses("las_asr", f"--data . {SMALL} --out new", "no utterances for train")
+    assert call("las_asr", "eval --data . --device cpu --ckpt run/best.pt")[0] == 0
+
+
+def test_librispeech_is_downloaded_whole_or_not_at_all(call, refuses, tmp_path, monkeypatch):
+    libri(tmp_path / "made", las.PARTS.values())
+    asked, down = [], {"dev-clean"}
+
+    def fetch(url, path, **_):
+        asked.append(part := url.split("/")[-1].removesuffix(".tar.gz"))
+        if part in down:
+            raise urllib.error.URLError("no network")
+        with tarfile.open(path, "w:gz") as tar:
+            tar.add(tmp_path / "made" / "LibriSpeech" / part, f"LibriSpeech/{part}")
+
+    monkeypatch.setattr("torchaudio.datasets.librispeech.download_url_to_file", fetch)
+    home = tmp_path / "data" / "librispeech"
+    refuses("las_asr", f"--data librispeech {SMALL}", "no network", "data/README.md")
+    assert not (home / "LibriSpeech").exists()
+    next((home / "download" / "LibriSpeech").rglob("*.flac")).unlink()  # as if killed while it unpacked
+    down.clear()
+    status, out, _ = call("las_asr", f"--data librispeech {SMALL}")
+    assert status == 0 and "3 train, 3 val, 3 test; 80 features" in out
+    assert asked == ["train-clean-100", "dev-clean", "dev-clean", "test-clean"]  # what has arrived is kept
+
+
+@pytest.mark.skipif(not (ROOT / "data" / "librispeech").exists(), reason="data/librispeech is not there")
+def test_real_flac_utterances(call, tmp_path):
+    found = las.find_utterances(las.Config(data=str(ROOT / "data" / "librispeech")))
+    assert len(found["train"]) + len(found["val"]) == 44
+    path, text = found["val"][0]
+    x = las.read_features(path)
+    assert x.shape[1] == 80 and len(x) == pytest.approx(soundfile.info(path).duration * 100, abs=2)
+    assert las.clean(text) == text
+
+
+def test_two_processes_write_the_same_submission(tmp_path):
+    kaggle(tmp_path / "data" / "hw4p2")
+    small = f"--data hw4p2 {SMALL} --dtype float32 --max_steps 1"
+    ranks = [fork("las_asr", f"{small} --out one", tmp_path), *fork_two("las_asr", f"{small} --out two", tmp_path)]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0], "".join(rank.stderr for rank in ranks)
+    for file in ("submission.csv", "val.tsv"):
+        assert (tmp_path / "one" / file).read_text() == (tmp_path / "two" / file).read_text()
