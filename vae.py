@@ -92,9 +92,10 @@ class Config:
 
 
 PRESETS = {"demo": {"epochs": 12, "iwae_k": 500}}
-MODES = {"train": "(default) train and test", "eval": "test a checkpoint, one CSV line per image",
-         "sample": "draw from the prior", "interpolate": "walk from one class's mean code to another's",
-         "encode": "FOLDER: codes of the images in it", "bench": "time the training step"}
+MODES = {"train": ("", "train and test (default)"), "bench": ("", "time the training step"),
+         "eval": ("", "test a checkpoint, one CSV line per image"), "sample": ("", "draw from the prior"),
+         "interpolate": ("", "walk from the mean code of one class to that of another"),
+         "encode": ("FOLDER", "codes of the images in it")}
 UNIT = "images"  # what a batch is counted in
 SHAPE = {"likelihood", "latent_dim", "width", "hidden", "image_size"}  # what a checkpoint alone decides
 CPU_BF16 = True  # measured: 1.2 to 1.5 times as fast as float32 on a CPU that multiplies bfloat16
@@ -542,16 +543,17 @@ def predict(mode, inputs, flags):
 # ---- runtime: identical in all five scripts ----
 SCRIPT = Path(__file__).stem
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-FREE = {"out", "save", "resume", "device", "compile", "max_steps", "max_minutes", "save_every", "log_every"}
+MAY_CHANGE = {"out", "save", "resume", "device", "compile", "max_steps", "max_minutes", "save_every",
+              "log_every"}  # when a run is resumed
 
 
 class UserError(Exception):
-    """A problem that the user can solve: printed as one `error:` line, exit status 2."""
+    """An error that the user can fix: printed as one `error:` line, exit status 2."""
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Decorates main: turns problems of the user into one line, and restores the signal handlers."""
+    """Decorates main: prints errors that the user can fix as one line, and restores the signal handlers."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if in_main_thread else {}
     try:
@@ -586,8 +588,8 @@ def seed_for(*key):
 
 
 def parse_args(argv):
-    """The command line as (mode, inputs, flags); flags are only those typed. Each field of Config is a flag,
-    its comment the help, which may begin with choices (a|b|c) or a range (0 to 1)."""
+    """The command line as (mode, inputs, flags); flags holds only the options that were given. Each field of
+    Config is an option; its comment is the help, and may begin with choices (a|b|c) or a range (0 to 1)."""
     def refuse(message):
         raise UserError(f"{message}; see python {SCRIPT}.py --help")
 
@@ -595,33 +597,34 @@ def parse_args(argv):
         usage=f"{SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     parser.error = refuse
-    modes = "; ".join(f"{mode}: {text}" for mode, text in MODES.items())
+    modes = "; ".join(f"{mode} {usage}".strip() + f": {text}" for mode, (usage, text) in MODES.items())
     parser.add_argument("words", nargs="*", default=[], metavar="MODE", help=modes)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for name, comment in comments.items():
         default, choices = getattr(Config, name), re.match(r"\w+(\|\w+)+", comment)
-        how = {"type": type(default), "choices": choices and choices[0].split("|")}
-        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]),
-                            help=f"{comment} [{default}]".replace("%", "%%"),
-                            **({"action": "store_true"} if default is False else how))
+        options = {"type": type(default), "choices": choices[0].split("|") if choices else None}
+        if default is False:
+            options = {"action": "store_true"}
+        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])  # --max_steps and --max-steps
+        parser.add_argument(*names, help=f"{comment} [{default}]".replace("%", "%%"), **options)
     flags = vars(parser.parse_intermixed_args(argv))
     mode, *inputs = flags.pop("words") or ["train"]
     for name, value in flags.items():
-        low, high = int(type(value) is int and getattr(Config, name) > 0), 2**63 - 1  # counts are at least 1
+        low, high = int(type(value) is int and getattr(Config, name) > 0), 1e12  # of a count at least 1
         if limits := re.match(r"([\d.]+) to ([\d.]+), ", comments[name]):
             low, high = map(float, limits.groups())
         if type(value) in (int, float) and not low <= value <= high:
             refuse(f"--{name} {value}: must be {low:g} to {high:g}")
     if mode not in MODES:
         refuse(f"unknown mode {mode!r}, must be {', '.join(MODES)}")
-    takes = MODES[mode][0]  # "FILE: ..." has inputs, "[TEXT]: ..." may have some, other modes have none
-    if takes != "[" and bool(inputs) != takes.isupper():
-        refuse(f"{mode} takes {MODES[mode] if takes.isupper() else f'no input, not {inputs[0]}'}")
+    usage = MODES[mode][0]  # "FILE", "[FILE]" if it may be missing, "" without inputs
+    if bool(inputs) != bool(usage) and not usage.startswith("["):
+        refuse(f"{mode} takes {usage or 'no input'}, not {' '.join(inputs) or 'nothing'}")
     return mode, inputs, flags
 
 
 def pick_device(cfg):
-    """The device of this process. Also resolves cfg.dtype, and under torchrun starts the process group."""
+    """The device of this process. Replaces cfg.dtype "auto", too, and starts the group of a torchrun."""
     mps = torch.backends.mps.is_available() and WORLD == 1
     best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if cfg.device not in ("auto", "cpu", best):
@@ -630,15 +633,15 @@ def pick_device(cfg):
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32
-        native = torch.cuda.get_device_capability() >= (8, 0)
+        fast = torch.cuda.get_device_capability() >= (8, 0)
     else:
         info = Path("/proc/cpuinfo")
-        native = CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
+        fast = CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
     if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if native else "float32"
+        cfg.dtype = "bfloat16" if fast else "float32"
+    say(f"device: {device}, processes: {WORLD}, {cfg.dtype} (bfloat16 is {'' if fast else 'not '}fast here)")
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say(f"device: {device} x {WORLD}, dtype: {cfg.dtype} (bfloat16 is {'' if native else 'not '}faster here)")
     return device
 
 
@@ -647,7 +650,7 @@ def load_checkpoint(path):
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if ckpt["script"] != SCRIPT:
-            raise ValueError(f"it is of {ckpt['script']}.py")
+            raise ValueError(f"it was written by {ckpt['script']}.py")
         return ckpt
     except Exception as e:  # a damaged file can raise nearly anything
         problem = f"not a readable checkpoint of {SCRIPT}.py ({type(e).__name__}: {str(e)[:60]})"
@@ -659,13 +662,13 @@ def load_weights(model, state, path):
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     if others := sorted((own.keys() | state.keys()) - fitting.keys()):
-        say(f"note: not taken from {path}, of another shape: {', '.join(others[:5])}")
+        say(f"note: not taken from {path}, missing or of another shape: {', '.join(others[:5])}")
     model.load_state_dict(fitting, strict=False)
 
 
-def merge(ckpt, flags, path, fixed):
-    """The Config of a checkpoint, with flags over it. UserError if a flag in `fixed` differs from it."""
-    flags = {k: v for k, v in flags.items() if v != "auto" or k in FREE}
+def merge_config(ckpt, flags, path, fixed):
+    """The Config of a checkpoint, updated with flags. UserError if a flag in `fixed` differs from it."""
+    flags = {k: v for k, v in flags.items() if v != "auto" or k in MAY_CHANGE}
     for name in sorted(fixed & flags.keys()):
         if flags[name] != ckpt["config"].get(name):
             raise UserError(f"--{name} {flags[name]}: {path} has {ckpt['config'].get(name)}; start a new run")
@@ -676,11 +679,12 @@ def merge(ckpt, flags, path, fixed):
 def open_checkpoint(flags):
     """(cfg, ckpt, device, output folder) for the modes that use a trained model."""
     found = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=os.path.getmtime)
-    path = Path(flags.get("ckpt") or [f"out/{SCRIPT}-demo/best.pt", *found][-1])
+    newest = found[-1] if found else f"out/{SCRIPT}-demo/best.pt"
+    path = Path(flags.get("ckpt", newest))
     ckpt = load_checkpoint(path)
     if any(key.startswith("optimizer") for key in ckpt):
-        raise UserError(f"{path}: this is a training state (last.pt); pass best.pt")
-    cfg = merge(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
+        raise UserError(f"{path}: this is a training state (last.pt); pass the best.pt beside it")
+    cfg = merge_config(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
     say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {ckpt['best']:.5g}")
     folder = Path(cfg.save or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
@@ -701,41 +705,49 @@ class Run:
             if not self.cfg.resume:
                 raise UserError(f"{self.folder}: holds a run; use --resume to continue it, or another --out")
             self.ckpt = load_checkpoint(last)
-            self.cfg = merge(self.ckpt, flags, last, Config.__dataclass_fields__.keys() - FREE)
+            self.cfg = merge_config(self.ckpt, flags, last, Config.__dataclass_fields__.keys() - MAY_CHANGE)
         say(f"data: {self.cfg.data}" + (f" (generated; {REAL})" if self.cfg.data == "demo" else ""))
-        self.device, self.began = pick_device(self.cfg), time.perf_counter()
-        start = {"step": 0, "best": None, "seconds": 0.0, "log_bytes": 0}
-        self.step, self.best, self.seconds, log_bytes = (self.ckpt.get(k, v) for k, v in start.items())
-        self.sums, self.mark, self.asked, self.stop = 0.0, (self.began, self.step), False, False
+        self.device, self.began, self.sums = pick_device(self.cfg), time.perf_counter(), 0.0
+        self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
+        self.seconds = self.ckpt.get("seconds", 0.0)  # that earlier processes took
+        self.last_log = self.began, self.step
+        self.stop_requested = self.stop = False  # of this process; agreed on by all
         if training and RANK == 0:
+            say(f"run: {self.folder}, from step {self.step:,}")
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "log.jsonl").open("ab") as log:
-                log.truncate(min(log.tell(), log_bytes))  # drops what is later than the checkpoint
+            with (self.folder / "log.jsonl").open("ab") as log:  # goes on where the checkpoint was saved
+                log.truncate(min(log.tell(), self.ckpt.get("log_bytes", 0)))
         if training and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: setattr(self, "asked", True))
+            signal.signal(signal.SIGINT, self.request_stop)
+            signal.signal(signal.SIGTERM, self.request_stop)
+
+    def request_stop(self, *_):
+        self.stop_requested = True
 
     def step_done(self, losses, total, count, lr):
-        """Call after each step; -> (evaluate, save), the same on all ranks. `losses` is {name: scalar on the
-        device}, each the share of this rank: its sum * world / global count; `count` is the items in a step.
-        Losses are read from the device, and ranks agree to stop, only where a log line or a save is due."""
+        """Call after each step. Returns (evaluate now, save now), the same on all ranks. `losses` is {name:
+        scalar on the device}, whose mean over ranks is the loss of the whole batch; `count` is the items in it.
+        Losses are read, and ranks agree whether to stop, only where a log line or a save is due."""
         self.step += 1
         self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
         log, check, save = (self.step == total or self.step % every == 0
                             for every in (self.cfg.log_every, self.cfg.eval_every, self.cfg.save_every))
-        self.asked |= 0 < self.cfg.max_minutes <= (time.perf_counter() - self.began) / 60
-        agree = self.asked if WORLD == 1 else self.device.type == "cpu" and self.step % 10 == 0
+        if 0 < self.cfg.max_minutes <= (time.perf_counter() - self.began) / 60:
+            self.stop_requested = True
+        agree = self.stop_requested if WORLD == 1 else self.device.type == "cpu" and self.step % 10 == 0
         if log or check or save or agree:
-            shares = torch.cat([self.sums, self.sums.new_tensor([self.asked])])
-            *sums, asked = (all_sum(shares) / WORLD).tolist()
+            shares = torch.cat([self.sums, self.sums.new_tensor([self.stop_requested])])
+            *sums, requests = (all_sum(shares) / WORLD).tolist()
             check_finite(self.step, dict(zip(losses, sums)))
-            self.stop = asked > 0 and self.step < total
+            self.stop = requests > 0 and self.step < total
         if log or check or save or self.stop:
-            seconds, steps = time.perf_counter() - self.mark[0], self.step - self.mark[1]
+            seconds, steps = time.perf_counter() - self.last_log[0], self.step - self.last_log[1]
             means = {name: value / steps for name, value in zip(losses, sums)}
             self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds)},
                        f"eta {(total - self.step) * seconds / steps / 60:.1f} min")
-            self.sums, self.mark = 0.0, (time.perf_counter(), self.step)
+            self.sums, self.last_log = 0.0, (time.perf_counter(), self.step)
+        if self.stop:
+            say(f"stopped at step {self.step}; to continue, repeat the command with --resume")
         return check, check or save or self.stop
 
     def write(self, split, figures, more=""):
@@ -746,8 +758,8 @@ class Run:
             say(f"{split:5} {self.step:>7,} | {show(figures, '  ', 4, 8)}  {more}".rstrip())
 
     def save(self, name, **state):
-        """Rank 0 writes a checkpoint, whole or not at all; the others wait for it."""
-        check_finite(self.step, state["model"])  # a gradient may be infinite where the loss was not
+        """Rank 0 writes a checkpoint, atomically; the others wait for it."""
+        check_finite(self.step, state["model"])  # a finite loss can have an infinite gradient
         path, part = self.folder / name, self.folder / f"{name}.part"
         if RANK == 0:
             state |= {"script": SCRIPT, "config": vars(self.cfg), "step": self.step, "best": self.best,
@@ -761,19 +773,17 @@ class Run:
             except (OSError, RuntimeError) as e:
                 part.unlink(missing_ok=True)
                 raise UserError(f"{path}: cannot save ({e}); the old file is intact, use --resume") from None
-        all_sum(torch.zeros(1, device=self.device))
-        self.mark = time.perf_counter(), self.step  # evaluation and saving are not training time
-        if self.stop and name == "last.pt":
-            say(f"stopped at step {self.step}; to continue, repeat the command with --resume")
+        all_sum(torch.zeros(1, device=self.device)).item()
+        self.last_log = time.perf_counter(), self.step  # evaluation and saving are not training time
 
     def finish(self, figures):
         """Logs the test figures, draws the log as curves.png, and prints the last line."""
         self.write("test", figures)
         if RANK == 0 and (figure := new_figure(12, 9)):
             lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            records = [json.loads(line) for line in lines[:-1]]
-            last = {name: value for record in records for name, value in record.items() if name != "step"}
-            names = [name for name, value in last.items() if isinstance(value, (int, float))]
+            records = [json.loads(line) for line in lines[:-1]]  # without the test
+            names = dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, (int, float)))
+            names.pop("step")
             for i, name in enumerate(names, 1):
                 axes = figure.add_subplot(math.ceil(len(names) / 3), 3, i, xlabel="step", ylabel=name)
                 for split in ("train", "val"):
@@ -790,12 +800,12 @@ def check_finite(step, values):
     """UserError if one of {name: tensor or number} is not finite."""
     for name, value in values.items():
         if not torch.as_tensor(value).isfinite().all():
-            raise UserError(f"step {step}: {name} is not finite; last.pt is older; lower --lr in a new run")
+            raise UserError(f"step {step}: {name} is not finite, and not saved; start anew with a lower --lr")
 
 
 def show(figures, between=", ", digits=5, width=0):
-    """The numbers of {name: value} as text, such as "loss 0.1234, images/s 19,850"."""
-    texts = {name: f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    """The numbers of {name: value} as text, such as "loss 0.12345, images/s 19,850"."""
+    texts = {name: f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
              for name, value in figures.items() if isinstance(value, (int, float))}
     return between.join(f"{name} {text:{width}}" for name, text in texts.items())
 
@@ -810,8 +820,8 @@ def new_figure(*size):
 
 
 def bench(run, fetch, update, count):
-    """Prints one JSON line: the median time of a training step, and the share of it spent in fetch(step), the
-    rest being update(step, batch). `count` is the number of items in a step."""
+    """Prints one JSON line: the median time of a training step, and the share of it spent in fetch(step). The
+    rest is update(step, batch); `count` is the number of items in a batch."""
     wait, times = getattr(torch, run.device.type).synchronize, []
     for step in range(1, 31):  # the first may compile, nine more warm up
         start = time.perf_counter()
@@ -823,9 +833,9 @@ def bench(run, fetch, update, count):
         times.append((time.perf_counter() - start, fetched - start))
     seconds, data = (statistics.median(column) for column in zip(*times[10:]))
     say(json.dumps({"script": SCRIPT, "data": run.cfg.data, "device": str(run.device), "processes": WORLD,
-                    "dtype": run.cfg.dtype, f"{UNIT}/s": round(count / seconds, 1),
-                    "ms_per_step": round(1e3 * seconds, 3), "data_share": round(data / seconds, 4),
-                    "first_step_seconds": round(times[0][0], 1)}))
+                    "dtype": run.cfg.dtype, "compile": run.cfg.compile,
+                    "ms_per_step": round(1e3 * seconds, 3), f"{UNIT}/s": round(count / seconds, 1),
+                    "data_share": round(data / seconds, 4), "first_step_seconds": round(times[0][0], 1)}))
 # ---- end of runtime ----
 
 

@@ -1,12 +1,9 @@
 """The straightforward loop that each script's training step is compared with: `python tests/baselines.py vae`.
 
 Both sides run in this process on the same data, in turns, a round each; the median over the rounds of each side's
-time per step and their ratio are printed as one JSON line. Plain loops have glibc's own handling of memory, unless
---keep_memory gives them that of the scripts. Not run by pytest: a time is no test.
+time per step and their ratio are printed as one JSON line. Not run by pytest: a time is no test.
 """
 import argparse
-import contextlib
-import ctypes
 import importlib
 import json
 import pathlib
@@ -19,24 +16,20 @@ import torch.nn as nn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PLAIN = {"plain loop", "nn.Transformer", "notebook", "reference loop"}  # sides that know nothing of mallopt
-
-
-def take_turn(name):
-    """Sets M_MMAP_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc as the side has them: a plain loop's are
-    those which glibc comes to by itself when large blocks have been freed."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # glibc alone has it
-            for option, value in zip((-4, -3, -1), (65536, 2**25, 2**26) if name in PLAIN else (0, 2**25, 2**31 - 1)):
-                ctypes.CDLL(None).mallopt(option, value)
 
 
 def captured(name, flags):
     """The script itself up to its training loop: what its `main` hands to `bench`."""
     module, box = importlib.import_module(name), {}
-    module.bench = lambda run, raw, fetch, update, count: box.update(
-        run=run, raw=raw, fetch=fetch, update=update, count=count)
+    build = module.build
+
+    def remember(*args, **how):
+        box["raw"] = build(*args, **how)
+        return box["raw"]
+    module.build = remember
+    module.bench = lambda run, fetch, update, count: box.update(run=run, fetch=fetch, update=update, count=count)
     module.main(["bench", *flags])
+    module.build = build
     return module, box
 
 
@@ -46,7 +39,6 @@ def alternate(sides, rounds, steps, device):
     times, step = {name: [] for name in sides}, 0
     for round_number in range(-1, rounds):
         for name, one_step in sides.items():
-            take_turn(name)
             start = time.perf_counter()
             for _ in range(steps if round_number >= 0 else 3):
                 step += 1
@@ -60,7 +52,7 @@ def alternate(sides, rounds, steps, device):
 def report(name, seconds, ours, **more):
     line = {"script": name, **{f"{side} ms": round(1e3 * s, 2) for side, s in seconds.items()},
             **{f"ratio to {side}": round(s / seconds[ours], 2) for side, s in seconds.items() if side != ours}}
-    print(json.dumps(line | {"threads": torch.get_num_threads(), "keep_memory": not PLAIN} | more))
+    print(json.dumps(line | {"threads": torch.get_num_threads()} | more))
 
 
 def report_rates(name, rates, unit, **more):
@@ -68,7 +60,7 @@ def report_rates(name, rates, unit, **more):
     first, *others = rates
     line = {"script": name, **{f"{side} {unit}": round(rate, 2) for side, rate in rates.items()},
             **{f"ratio to {side}": round(rates[first] / rates[side], 2) for side in others}}
-    print(json.dumps(line | {"threads": torch.get_num_threads(), "keep_memory": not PLAIN} | more))
+    print(json.dumps(line | {"threads": torch.get_num_threads()} | more))
 
 
 def forever(loader):
@@ -173,7 +165,6 @@ def mt(flags, rounds, steps):
     rates = {name: [] for name in sides}
     for number in range(rounds):
         for name, one_step in sides.items():
-            take_turn(name)
             start, before = time.perf_counter(), tokens[name]
             for step in range(steps):
                 one_step(2 + number * steps + step)
@@ -182,7 +173,6 @@ def mt(flags, rounds, steps):
             rates[name].append((tokens[name] - before) / (time.perf_counter() - start))
     rates = {name: statistics.median(values) for name, values in rates.items()}
 
-    take_turn("ours")
     model, src = box["raw"].eval(), fetch(3)[0][:32]
     seconds = {"cached": [], "uncached": []}
     for _ in range(3):
@@ -263,7 +253,9 @@ def las(flags, rounds, steps):
     optimizers = torch.optim.AdamW(own, 1e-4, fused=True), torch.optim.Adam(far, 1e-4)
     if device.type == "cuda":
         ours.compile()
-    on_device, dtype = lengths.to(device), module.pick_dtype("auto", device)
+    on_device, cfg = lengths.to(device), module.Config(device=device.type)
+    module.pick_device(cfg)
+    dtype = cfg.dtype
 
     def our_step(step):
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -420,7 +412,5 @@ if __name__ == "__main__":
     parser.add_argument("name", choices=sides)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--keep_memory", action="store_true")
     known, rest = parser.parse_known_args()  # the rest are flags of the script
-    PLAIN -= PLAIN if known.keep_memory else set()
     sides[known.name](rest or ["--data", "demo"], known.rounds, known.steps)

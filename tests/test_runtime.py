@@ -216,7 +216,7 @@ def test_bench_prints_one_json_line(name, tmp_path, call):
 @each_script
 def test_a_checkpoint_of_another_version_still_loads(name):
     module = importlib.import_module(name)
-    assert module.merge({"config": {"lr": 0.5, "gone": 1}}, {"seed": 3}, "best.pt", set()) == module.Config(lr=0.5, seed=3)
+    assert module.merge_config({"config": {"lr": 0.5, "gone": 1}}, {"seed": 3}, "best.pt", set()) == module.Config(lr=0.5, seed=3)
 
 
 @each_script
