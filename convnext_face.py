@@ -1004,7 +1004,7 @@ def pick_device(cfg):
         fast = CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if fast else "float32"
-    say(f"device: {device}, processes: {WORLD}, {cfg.dtype} (bfloat16 is {'' if fast else 'not '}fast here)")
+    say(f"device: {device}, processes: {WORLD}, {cfg.dtype} (bfloat16 {'is' if fast else 'is not'} fast here)")
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -1091,7 +1091,7 @@ class Run:
 
     def step_done(self, losses, total, count, lr):
         """Call after each step. Returns (evaluate now, save now), the same on all ranks. `losses` is {name:
-        scalar on the device}, whose mean over ranks is the loss of the whole batch; `count` is the items in it.
+        scalar on the device}, whose mean over ranks is the loss of the whole batch, and `count` its items.
         Losses are read, and ranks agree whether to stop, only where a log line or a save is due."""
         self.step += 1
         self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
@@ -1137,7 +1137,7 @@ class Run:
                 os.replace(part, path)
             except (OSError, RuntimeError) as e:
                 part.unlink(missing_ok=True)
-                raise UserError(f"{path}: cannot save ({e}); the old file is intact, use --resume") from None
+                raise UserError(f"{path}: cannot save ({e}); make room, then use --resume") from None
         all_sum(torch.zeros(1, device=self.device)).item()
         self.last_log = time.perf_counter(), self.step  # evaluation and saving are not training time
 
@@ -1294,6 +1294,7 @@ def main(argv=None):
     if mode == "bench":
         return bench(run, fetch, update, size)
 
+    run.last_log = time.perf_counter(), run.step  # the clock starts after the data is there
     for step in range(run.step + 1, total + 1):
         losses = update(step, fetch(step))
         check, save = run.step_done(losses, total, size, learning_rate(cfg, step, schedule))
