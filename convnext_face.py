@@ -1004,7 +1004,8 @@ def pick_device(cfg):
         fast = CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if fast else "float32"
-    say(f"device: {device}, processes: {WORLD}, {cfg.dtype} (bfloat16 {'is' if fast else 'is not'} fast here)")
+    reason = "bfloat16 is fast here" if fast else "bfloat16 is not fast here"
+    say(f"device: {device}, processes: {WORLD}, {cfg.dtype} ({reason})")
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
