@@ -856,14 +856,14 @@ def pick_device(cfg):
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32
-        fast = torch.cuda.get_device_capability() >= (8, 0)
+        chip, fast = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
     else:
-        info = Path("/proc/cpuinfo")
+        chip, info = f"{torch.get_num_threads()} threads", Path("/proc/cpuinfo")
         fast = CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if fast else "float32"
     reason = "bfloat16 is fast here" if fast else "bfloat16 is not fast here"
-    say(f"device: {device}, processes: {WORLD}, {cfg.dtype} ({reason})")
+    say(f"device: {device}, {chip}; processes: {WORLD}; {cfg.dtype}, {reason}")
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

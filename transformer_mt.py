@@ -351,9 +351,10 @@ def orthogonal(x):
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    for _ in range(5):
+    for _ in range(5):  # x <- 3.4445 x + (-4.7750 A + 2.0315 A A) x with A = x x^T
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
     return x.mT if tall else x
 
 
@@ -774,6 +775,8 @@ def predict(mode, inputs, flags):
         say(f"{show(figures, digits=6)}\nwritten: {folder}/*.hyp.txt\n{lower}: case:lc, tok:none\n"
             f"{cased}: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0")
         return
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the system's encoding is
     given = [sys.stdin.buffer.read() if RANK == 0 and not inputs else b""]
     if WORLD > 1:  # all processes have the same standard input
         dist.broadcast_object_list(given)
@@ -885,14 +888,14 @@ def pick_device(cfg):
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # TF32
-        fast = torch.cuda.get_device_capability() >= (8, 0)
+        chip, fast = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
     else:
-        info = Path("/proc/cpuinfo")
+        chip, info = f"{torch.get_num_threads()} threads", Path("/proc/cpuinfo")
         fast = CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if fast else "float32"
     reason = "bfloat16 is fast here" if fast else "bfloat16 is not fast here"
-    say(f"device: {device}, processes: {WORLD}, {cfg.dtype} ({reason})")
+    say(f"device: {device}, {chip}; processes: {WORLD}; {cfg.dtype}, {reason}")
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

@@ -71,6 +71,13 @@ SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
 each_script = pytest.mark.parametrize("name", SCRIPTS)
 
 
+def litter(folder, name):
+    """What operating systems leave in a folder of files called `name`: none of it is data."""
+    for path in (f"__MACOSX/._{name}", f"._{name}", ".DS_Store", "Thumbs.db", "desktop.ini", f".cache/{name}"):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(b"no data")
+
+
 def flags(name, more=""):
     return f"--data demo --device cpu --compile off --epochs 100 {TABLE[name]['tiny']} {more}".split()
 

@@ -6,7 +6,7 @@ import convnext_face as face
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags
+from conftest import ROOT, flags, litter
 from forks import fork, fork_two
 from PIL import Image
 
@@ -60,6 +60,8 @@ def people(tmp_path):
     for i in range(3):
         for k in range(6):
             photo(tmp_path / f"people/p{i}/{k}.png", 60 + 60 * i)
+        litter(tmp_path / f"people/p{i}", "0.png")
+    litter(tmp_path / "people", "0.png")
     return tmp_path / "people"
 
 
@@ -174,6 +176,8 @@ def hw2p2(tmp_path):
     for k in range(2):
         photo(two / f"unknown_test/{k:06}.jpg", 20)
     (two / "dev_identities.csv").write_text("\n".join(rows) + "\n")
+    for place in (one / "train", one / "dev/n0", two / "known", two / "unknown_dev", two / "unknown_test"):
+        litter(place, "000000.jpg")
     return two
 
 

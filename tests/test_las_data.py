@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT
+from conftest import ROOT, litter
 from forks import fork, fork_two
 
 SMALL = "--device cpu --compile off --hidden 8 --speller 8 --max_steps 2 --speeds 1.0"
@@ -186,6 +186,7 @@ def kaggle(folder, dim=13):
             np.save(folder / part / "mfcc" / f"u{i}.npy", rng.normal(size=(40 + i, dim)).astype("float32"))
             if part != "test-clean":
                 np.save(folder / part / "transcript" / "raw" / f"u{i}.npy", np.array(["<sos>", *"IT'S A", "<eos>"]))
+        litter(folder / part / "mfcc", "u0.npy")
 
 
 def test_the_kaggle_layout(call, refuses, tmp_path):
@@ -226,6 +227,7 @@ def libri(folder, parts):
         for name in names:
             soundfile.write(inside / f"{name}.flac", rng.normal(size=9000) * 0.1, 16000)
         (inside / f"{speaker}-7.trans.txt").write_text("".join(f"{name} ALL THE WORDS\n" for name in names))
+        litter(inside, f"{speaker}-7.trans.txt")
 
 
 def test_the_librispeech_layout(call, refuses, tmp_path):

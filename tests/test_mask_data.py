@@ -8,7 +8,7 @@ import fasterrcnn_mask as mask
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, litter
 from PIL import Image
 
 SMALL = "--device cpu --compile off --backbone mobilenet --weights none --image_size 64 --batch_size 2 --max_steps 1"
@@ -33,6 +33,8 @@ def folder(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(256, size=(40, 60, 3), dtype=np.uint8)).save(path)
         voc(tmp_path / f"set/annotations/{i:02}.xml", [("mask", 5, 5, 25, 30), ("none", 30, 10, 50, 35)][: 1 + i % 2])
+    litter(tmp_path / "set", "00.png")
+    litter(tmp_path / "set/annotations", "00.xml")
     return tmp_path / "set"
 
 

@@ -11,6 +11,7 @@ import sacrebleu
 import torch
 import torch.nn as nn
 import transformer_mt as mt
+from conftest import litter
 from forks import fork_two
 
 SMALL = "--device cpu --compile off --vocab_size 120 --batch_size 400 --beam_size 2 --max_len 20 --max_steps 2"
@@ -266,6 +267,7 @@ def test_bad_files(files, refuses, monkeypatch):
     refuses("transformer_mt", f"{SMALL} --train_src e --train_tgt f", "6 different", "too few")
     raw = files / "data" / "multi30k" / "raw"
     raw.mkdir(parents=True)
+    litter(raw, "train.en.gz")  # which is no test split, either
     monkeypatch.setattr(mt, "download", lambda url, path, digest: asked.append(path.name))
     asked = []
     for name in ("train.en", "train.de", "val.en", "val.de"):

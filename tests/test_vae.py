@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import vae
-from conftest import ROOT
+from conftest import ROOT, litter
 from PIL import Image
 
 TINY = "--device cpu --compile off --width 4 --hidden 16 --iwae_n 4 --iwae_k 10 --max_steps 2"
@@ -152,6 +152,7 @@ def idx(tmp_path):
     for part, n, end in (("train", 60, ".gz"), ("t10k", 20, "")):
         write_idx(tmp_path / f"set/raw/{part}-images-idx3-ubyte{end}", rng.integers(256, size=(n, 28, 28)))
         write_idx(tmp_path / f"set/raw/{part}-labels-idx1-ubyte{end}", rng.integers(10, size=n))
+        litter(tmp_path / "set/raw", f"{part}-images-idx3-ubyte{end}")
     return tmp_path / "set"
 
 
@@ -205,6 +206,8 @@ def pictures(tmp_path):
     Image.new("CMYK", (28, 28), "red").save(tmp_path / "pictures/a/02.jpg")
     Image.fromarray(np.full((28, 28), 30000, np.uint16)).save(tmp_path / "pictures/a/04.png")
     Image.new("RGBA", (10, 10)).save(tmp_path / "pictures/b/01.png")
+    litter(tmp_path / "pictures", "photo.png")
+    litter(tmp_path / "pictures/a", "photo.png")
     return tmp_path / "pictures"
 
 
