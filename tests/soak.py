@@ -5,14 +5,14 @@ Not run by pytest, which holds a small form of it (test_killed_and_resumed_is_bi
 import argparse
 import pathlib
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 
 import torch
-from conftest import ROOT, TABLE, flags, log_of, python
+from conftest import TABLE, flags, log_of
+from forks import Forked, fork
 
 
 def same(a, b):
@@ -26,37 +26,35 @@ def same(a, b):
     return a == b
 
 
-def soak(name, kills, steps, folder):
-    small = flags(name, f"--max_steps {steps} --eval_every 25 --save_every 7 --log_every 5")
-    began = time.perf_counter()
-    whole = python(ROOT / f"{name}.py", *small, "--out", "whole", cwd=folder)
-    assert whole.returncode == 0, whole.stderr
-    length, dice, done, runs = time.perf_counter() - began, random.Random(0), 0, 0
-    while done < kills:
-        runs += 1
-        process = subprocess.Popen([sys.executable, ROOT / f"{name}.py", *small, "--out", "cut", "--resume"],
-                                   cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(dice.uniform(0, 1.1 * length))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            done += process.wait() == -signal.SIGKILL
-        else:  # it came to its end: a new run is killed
-            assert process.returncode == 0
-            compare(folder)
-            if done < kills:
-                subprocess.run(["rm", "-rf", folder / "cut"], check=True)
-    last = python(ROOT / f"{name}.py", *small, "--out", "cut", "--resume", cwd=folder)
-    assert last.returncode == 0, last.stderr
-    compare(folder)
-    print(f"{name}: {done} kills over {runs} starts, every end bitwise the uninterrupted run's", flush=True)
-
-
 def compare(folder):
     assert log_of(folder / "cut") == log_of(folder / "whole")
     for file in ("last.pt", "best.pt"):
         a, b = (torch.load(folder / run / file, weights_only=True) for run in ("whole", "cut"))
         assert same(a, b), file
+
+
+def soak(name, kills, steps, folder):
+    small = flags(name, f"--max_steps {steps} --eval_every 25 --save_every 7 --log_every 5")
+    fork(name, [*small, "--max_steps", 1, "--out", "first"], folder)  # the first start imports torch
+    began = time.perf_counter()
+    whole = fork(name, [*small, "--out", "whole"], folder)
+    assert whole.returncode == 0, whole.stderr
+    length, dice, done, starts = time.perf_counter() - began, random.Random(0), 0, 0
+    while done < kills:
+        starts += 1
+        run = Forked(name, [*small, "--out", "cut", "--resume"], folder)
+        run.process.join(dice.uniform(0, 1.1 * length))
+        run.process.kill()
+        if run.wait().returncode == -signal.SIGKILL:
+            done += 1
+        else:  # it came to its end: a new run is killed
+            assert run.returncode == 0, run.stderr
+            compare(folder)
+            shutil.rmtree(folder / "cut")
+    last = fork(name, [*small, "--out", "cut", "--resume"], folder)
+    assert last.returncode == 0, last.stderr
+    compare(folder)
+    print(f"{name}: {done} kills over {starts} starts, every end bitwise the uninterrupted run's", flush=True)
 
 
 if __name__ == "__main__":
@@ -65,6 +63,6 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
     known = parser.parse_args()
-    for each in known.names or TABLE:
+    for each in known.names:
         with tempfile.TemporaryDirectory() as scratch:
             soak(each, known.kills, known.steps, pathlib.Path(scratch))
