@@ -335,9 +335,11 @@ class Muon(torch.optim.Optimizer):
             shapes = defaultdict(list)
             for p in group["params"]:
                 shapes[p.shape].append(p)
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             for shape, params in shapes.items():  # matrices of one shape are one batched product
                 grads = torch.stack([p.grad for p in params])
-                buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+                buffers = [self.state[p]["momentum_buffer"] for p in params]
                 torch._foreach_lerp_(buffers, list(grads), 1 - group["momentum"])
                 updates = grads.lerp(torch.stack(buffers), group["momentum"])  # Nesterov
                 updates = orthogonal(updates.to(self.dtype)).float()
@@ -775,7 +777,7 @@ def predict(mode, inputs, flags):
         say(f"{show(figures, digits=6)}\nwritten: {folder}/*.hyp.txt\n{lower}: case:lc, tok:none\n"
             f"{cased}: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0")
         return
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout lacks it
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the system's encoding is
     given = [sys.stdin.buffer.read() if RANK == 0 and not inputs else b""]
     if WORLD > 1:  # all processes have the same standard input
@@ -886,16 +888,19 @@ def pick_device(cfg):
         raise UserError(f"--device {cfg.device}: not available on this machine; use --device {best}")
     device = torch.device(best if cfg.device == "auto" else cfg.device)
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= count:
+            raise UserError(f"more processes than the {count} GPUs here; use --nproc_per_node={count}")
+        torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # TF32
         chip, fast = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
     else:
-        chip, info = f"{torch.get_num_threads()} threads", Path("/proc/cpuinfo")
+        chip, info = f"threads: {torch.get_num_threads()}", Path("/proc/cpuinfo")
         fast = CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if fast else "float32"
     reason = "bfloat16 is fast here" if fast else "bfloat16 is not fast here"
-    say(f"device: {device}, {chip}; processes: {WORLD}; {cfg.dtype}, {reason}")
+    say(f"device: {device}; {chip}; processes: {WORLD}; dtype: {cfg.dtype} ({reason})")
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -917,6 +922,8 @@ def load_weights(model, state, path):
     """For --init: copies the weights that fit the model, and names the others."""
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if not fitting:
+        raise UserError(f"{path}: none of its weights fits this model")
     if others := sorted((own.keys() | state.keys()) - fitting.keys()):
         say(f"note: not taken from {path}, missing or of another shape: {', '.join(others[:5])}")
     model.load_state_dict(fitting, strict=False)
@@ -940,7 +947,8 @@ def open_checkpoint(flags):
     ckpt = load_checkpoint(path)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: this is a training state (last.pt); pass the best.pt beside it")
-    cfg = merge_config(ckpt, {"device": "auto", "ckpt": str(path)} | flags, path, SHAPE)
+    defaults = {"device": "auto", "dtype": "float32", "ckpt": str(path)}
+    cfg = merge_config(ckpt, defaults | flags, path, SHAPE)
     say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {ckpt['best']:.5g}")
     folder = Path(cfg.save or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
@@ -966,27 +974,32 @@ class Run:
         self.device, self.began, self.sums = pick_device(self.cfg), time.perf_counter(), 0.0
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
         self.seconds = self.ckpt.get("seconds", 0.0)  # that earlier processes took
-        self.last_log = self.began, self.step
         self.stop_requested = self.stop = False  # of this process; agreed on by all
         if training and RANK == 0:
             say(f"run: {self.folder}, from step {self.step:,}")
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "log.jsonl").open("ab") as log:  # goes on where the checkpoint was saved
                 log.truncate(min(log.tell(), self.ckpt.get("log_bytes", 0)))
-        if training and threading.current_thread() is threading.main_thread():
+
+    def start(self, total):
+        """Call before the loop over `total` steps: starts the clock, and makes signals wait for a save."""
+        self.total, self.saved, self.last_log = total, self.step, (time.perf_counter(), self.step)
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.request_stop)
             signal.signal(signal.SIGTERM, self.request_stop)
 
     def request_stop(self, *_):
+        if self.saved == self.total:  # only the test is left
+            raise KeyboardInterrupt
         self.stop_requested = True
 
-    def step_done(self, losses, total, count, lr):
+    def step_done(self, losses, count, lr):
         """Call after each step. Returns (evaluate now, save now), the same on all ranks. `losses` is {name:
         scalar on the device}, whose mean over ranks is the loss of the whole batch, and `count` its items.
         Losses are read, and ranks agree whether to stop, only where a log line or a save is due."""
         self.step += 1
         self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
-        log, check, save = (self.step == total or self.step % every == 0
+        log, check, save = (self.step == self.total or self.step % every == 0
                             for every in (self.cfg.log_every, self.cfg.eval_every, self.cfg.save_every))
         if 0 < self.cfg.max_minutes <= (time.perf_counter() - self.began) / 60:
             self.stop_requested = True
@@ -995,12 +1008,12 @@ class Run:
             shares = torch.cat([self.sums, self.sums.new_tensor([self.stop_requested])])
             *sums, requests = (all_sum(shares) / WORLD).tolist()
             check_finite(self.step, dict(zip(losses, sums)))
-            self.stop = requests > 0 and self.step < total
+            self.stop = requests > 0 and self.step < self.total
         if log or check or save or self.stop:
             seconds, steps = time.perf_counter() - self.last_log[0], self.step - self.last_log[1]
             means = {name: value / steps for name, value in zip(losses, sums)}
             self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds)},
-                       f"eta {(total - self.step) * seconds / steps / 60:.1f} min")
+                       f"eta {(self.total - self.step) * seconds / steps / 60:.1f} min")
             self.sums, self.last_log = 0.0, (time.perf_counter(), self.step)
         if self.stop:
             say(f"stopped at step {self.step}; to continue, repeat the command with --resume")
@@ -1011,7 +1024,7 @@ class Run:
         if RANK == 0:
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps({"step": self.step, "split": split, **figures}) + "\n")
-            say(f"{split:5} {self.step:>7,} | {show(figures, '  ', 4, 8)}  {more}".rstrip())
+            say(f"{split:5} {self.step:>7,} | {show(figures, '  ', 4, 9)}  {more}".rstrip())
 
     def save(self, name, **state):
         """Rank 0 writes a checkpoint, atomically; the others wait for it."""
@@ -1030,7 +1043,7 @@ class Run:
                 part.unlink(missing_ok=True)
                 raise UserError(f"{path}: cannot save ({e}); make room, then use --resume") from None
         all_sum(torch.zeros(1, device=self.device)).item()
-        self.last_log = time.perf_counter(), self.step  # evaluation and saving are not training time
+        self.saved, self.last_log = self.step, (time.perf_counter(), self.step)  # evaluation is no training time
 
     def finish(self, figures):
         """Logs the test figures, draws the log as curves.png, and prints the last line."""
@@ -1039,12 +1052,12 @@ class Run:
             lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
             records = [json.loads(line) for line in lines[:-1]]  # without the test
             names = dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, (int, float)))
-            names.pop("step")
+            names.pop("step", None)
             for i, name in enumerate(names, 1):
                 axes = figure.add_subplot(math.ceil(len(names) / 3), 3, i, xlabel="step", ylabel=name)
                 for split in ("train", "val"):
-                    rows = [r for r in records if r["split"] == split and name in r]
-                    axes.plot([r["step"] for r in rows], [r[name] for r in rows], ".-", label=split)
+                    if rows := [r for r in records if r["split"] == split and name in r]:
+                        axes.plot([r["step"] for r in rows], [r[name] for r in rows], ".-", label=split)
                 axes.legend()
             figure.savefig(self.folder / "curves.png", dpi=100)
         minutes = (self.seconds + time.perf_counter() - self.began) / 60
@@ -1162,10 +1175,10 @@ def main(argv=None):
     if mode == "bench":
         return bench(run, fetch, update, count)
 
-    run.last_log = time.perf_counter(), run.step  # the clock starts after the data is there
+    run.start(total)
     for step in range(run.step + 1, total + 1):
         losses = update(step, fetch(step))
-        check, save = run.step_done(losses, total, count, learning_rate(cfg, step, schedule))
+        check, save = run.step_done(losses, count, learning_rate(cfg, step, schedule))
         if check:
             figures, _ = evaluate(average.module, sp, cfg, data["val"], device, 1)
             run.write("val", figures)

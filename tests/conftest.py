@@ -114,7 +114,7 @@ def call(tmp_path, monkeypatch, capfd):
         module, status = importlib.import_module(name), 0
         if module not in small:
             for function in re.findall(r"module\.(\w+) =", SMALL_DEMO[name]):
-                monkeypatch.setattr(module, function, getattr(module, function))  # so that it comes back
+                monkeypatch.setattr(module, function, getattr(module, function))  # so that it is restored
             exec(SMALL_DEMO[name], {"module": module})
             small.append(module)
         try:

@@ -1,6 +1,6 @@
 """Runs a script's main in a process of its own that starts in a tenth of a second.
 
-A server process imports torch and its kin once, and every run is forked from it. Such a process can be killed, sent
+A server process imports torch and the other libraries once, and every run is forked from it. Such a process can be killed, sent
 signals, limited and made one of several ranks like any other. It writes its output into files, which are read here.
 """
 import importlib
@@ -17,7 +17,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torch._dynamo", "torch.utils.data", "torchvision.models.detection", "torchaudio",
                                "sentencepiece", "soundfile", "matplotlib.figure", "PIL.Image", "numpy"])
 
-SMALL_DEMO = {  # a patch by which the demo set is small, or of noise, so that a start is fast
+SMALL_DEMO = {  # patches that make the demo set small or random, so that a start is fast
     "vae": "plain = module.demo_images\nmodule.demo_images = lambda count: plain(600)",
     "fasterrcnn_mask": "plain = module.demo_scenes\nmodule.demo_scenes = lambda count: plain(60)",
     "transformer_mt": "plain = module.demo_pairs\nmodule.demo_pairs = lambda count: plain(600)",
@@ -71,7 +71,8 @@ class Forked:
 
     def until(self, step):
         """Waits for a line of training from this step on."""
-        while self.process.is_alive():
+        deadline = time.monotonic() + 120
+        while self.process.is_alive() and time.monotonic() < deadline:
             steps = [int(n.replace(",", "")) for n in re.findall(r"^train +([\d,]+) \|", self.read("out"), re.M)]
             if steps and steps[-1] >= step:
                 return True
@@ -92,10 +93,10 @@ def fork_two(name, arguments, folder, prepare=""):
     ranks = [Forked(name, arguments, folder, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}, prepare)
              for rank in range(2)]
-    while all(rank.process.is_alive() for rank in ranks):
+    deadline = time.monotonic() + 240
+    while all(rank.process.is_alive() for rank in ranks) and time.monotonic() < deadline:
         time.sleep(0.01)
-    first = next(rank for rank in ranks if not rank.process.is_alive())
-    if first.process.exitcode:  # torchrun ends the others when one has failed
+    if any(rank.process.exitcode for rank in ranks):  # torchrun ends the others when one has failed
         time.sleep(0.5)
         for rank in ranks:
             rank.process.kill()

@@ -40,9 +40,10 @@ def test_two_processes_equal_one(name, tmp_path):
             for key in set(a) - {"split"}:
                 assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), (key, a, b)
     first, second = fork_two(name, [*quiet, "--out", "three", "--resume"], tmp_path, patch + DIES)
-    assert second.returncode == -signal.SIGKILL and first.returncode != 0
+    assert second.returncode == -signal.SIGKILL and first.returncode != 0 and (tmp_path / "killed").exists()
+    assert torch.load(tmp_path / "three" / "last.pt", weights_only=True)["step"] == 5
     first, second = fork_two(name, [*quiet, "--out", "three", "--resume"], tmp_path, patch)
-    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.returncode == second.returncode == 0 and "from step 5" in first.stdout, first.stderr + second.stderr
     three = weights_of(tmp_path / "three" / "last.pt")
     assert all(torch.equal(two[k], three[k]) for k in two)
 
@@ -56,6 +57,7 @@ def test_torchrun_restarts_workers(tmp_path):
     done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2", program, *small, cwd=tmp_path,
                   env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     assert done.returncode == 0 and (tmp_path / "killed").exists() and "final test" in done.stdout, done.stderr
+    assert done.stdout.count("from step 0") == done.stdout.count("from step 4") == 1
     assert [r["step"] for r in log_of(tmp_path / "run") if r["split"] == "train"] == list(range(1, 11))
 
 

@@ -1,4 +1,4 @@
-"""What all five scripts promise alike: the block they share, the command line, errors, folders, portability."""
+"""What all five scripts guarantee: the block they share, the command line, errors, folders, portability."""
 import ast
 import difflib
 import importlib
@@ -30,7 +30,8 @@ def block(name):
 
 def imported(name):
     nodes = [n for n in ast.walk(ast.parse(source(name))) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    return {(n.names[0].name if isinstance(n, ast.Import) else n.module).split(".")[0] for n in nodes}
+    names = [name for n in nodes for name in ([n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names])]
+    return {name.split(".")[0] for name in names}
 
 
 @each_script
@@ -108,10 +109,18 @@ def test_main_runs_in_a_thread_and_leaves_the_process_as_it_was(name, call):
     small = flags(name, "--max_steps 1 --out run")
     assert call(name, small)[0] == 0
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    thread = threading.Thread(target=sys.modules[name].main, args=([*small, "--resume"],))
+    failed = []
+
+    def in_thread():
+        try:
+            sys.modules[name].main([*small, "--resume", "--max_steps", "2"])
+        except BaseException as e:
+            failed.append(e)
+    thread = threading.Thread(target=in_thread)
     thread.start()
     thread.join()
-    assert [r["split"] for r in log_of("run")] == ["train", "val", "test"]
+    assert not failed and [(r["step"], r["split"]) for r in log_of("run")] == [
+        (1, "train"), (1, "val"), (2, "train"), (2, "val"), (2, "test")]
 
 
 @each_script
@@ -173,10 +182,11 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(name, tmp_path, call, re
     assert call(name, f"{small} --out other")[0] == 0 and (tmp_path / "other" / "last.pt").exists()
 
 
-def test_a_run_that_fails_early_does_not_block_the_next_one(tmp_path, refuses):
+def test_a_run_that_fails_early_does_not_block_the_next_one(tmp_path, refuses, call):
     (tmp_path / "photos").write_bytes(b"no archive")
     for _ in range(2):
-        refuses(SCRIPTS[0], "--data photos --device cpu", "photos")
+        refuses(SCRIPTS[0], "--data photos --device cpu", "--data photos: no such folder")
+    assert call(SCRIPTS[0], f"{' '.join(flags(SCRIPTS[0]))} --max_steps 1 --out out/{SCRIPTS[0]}-photos")[0] == 0
 
 
 @each_script
@@ -201,16 +211,17 @@ def test_a_short_run_reaches_its_learning_rate(name, schedule):
 
 
 @each_script
-def test_bench_prints_one_json_line(name, tmp_path, call):
+def test_bench_prints_one_json_line(name, tmp_path, call, monkeypatch):
     """Compiled in earnest for the first script alone: it takes half a minute, and says nothing of the task."""
-    small = " ".join(flags(name))
+    small, compiled, plain = " ".join(flags(name)), [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append(module) or plain(module, **how))
     if name == SCRIPTS[0] and shutil.which("g++"):
         small = small.replace("--compile off", "--compile on")
     status, out, _ = call(name, f"bench {small}")
     figures = json.loads(out.splitlines()[-1])
     unit = sys.modules[name].UNIT
     assert status == 0 and figures[f"{unit}/s"] > 0 and figures["ms_per_step"] > 0 and 0 <= figures["data_share"] <= 1
-    assert not list(tmp_path.glob("out/*"))
+    assert len(compiled) == ("--compile on" in small) and not list(tmp_path.glob("out/*"))
 
 
 @each_script
@@ -220,7 +231,7 @@ def test_a_checkpoint_of_another_version_still_loads(name):
 
 
 @each_script
-def test_what_operating_systems_leave_behind_is_no_data(name, tmp_path):
+def test_what_operating_systems_leave_behind_is_not_data(name, tmp_path):
     for path in ("a.txt", "b/c.txt", ".hidden/d.txt", "__MACOSX/._a.txt", "b/._c.txt", "Thumbs.db", "b/desktop.ini", ".DS_Store"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()

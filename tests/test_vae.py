@@ -222,7 +222,7 @@ def test_image_folder(pictures, call):
 
 
 def test_image_folder_without_classes(pictures, call, refuses):
-    for path in pictures.glob("*/*"):
+    for path in vae.find_files(pictures, "*/*"):
         path.rename(pictures / f"{path.parent.name}{path.name}")
     status, out, err = call("vae", f"--data pictures {TINY}")
     assert status == 0 and "knn" not in out.splitlines()[-1] and "iwae" in out.splitlines()[-1], err
