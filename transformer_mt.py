@@ -1043,7 +1043,8 @@ class Run:
                 part.unlink(missing_ok=True)
                 raise UserError(f"{path}: cannot save ({e}); make room, then use --resume") from None
         all_sum(torch.zeros(1, device=self.device)).item()
-        self.saved = self.step
+        if name == "last.pt":
+            self.saved = self.step
         self.last_log = time.perf_counter(), self.step  # the time of the evaluation does not count
 
     def finish(self, figures):

@@ -89,10 +89,6 @@ def python(*args, cwd, **how):
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, text=True, capture_output=True, timeout=300, **how)
 
 
-def torchrun(*args):
-    return ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
-
-
 def log_of(folder):
     """The records of a run's log, without the speeds."""
     lines = (pathlib.Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()

@@ -28,7 +28,7 @@ def test_killed_and_resumed_is_bitwise_the_same(name, tmp_path):
         process.process.kill()
         assert process.wait().returncode == -signal.SIGKILL and resumed_from(process) == saved
         saved = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"]
-        assert saved >= step - 4 - step % 4
+        assert saved >= (step - 1) // 4 * 4
     done = fork(name, [*small, "--out", "cut", "--resume"], tmp_path)
     assert done.returncode == 0 and resumed_from(done) == saved > 12, done.stderr
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
