@@ -1,6 +1,7 @@
 """vae.py against independent computations."""
-import gzip
 import math
+import shutil
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -116,18 +117,21 @@ def test_shapes_and_independence_of_the_batch(size):
     torch.testing.assert_close(model.encode(x)[0][3:4], model.encode(x[3:4])[0])
 
 
-def test_formula_of_scaled_latents():
-    """`formula` is what the raw formula gives for the same model with its latents divided by sqrt(2)."""
+def test_gaussian_figures_equal_numpy():
     torch.manual_seed(0)
     model = vae.VAE(3, (4, 8, 16), 28, 12).eval()
-    cfg = vae.Config(likelihood="gaussian", latent_dim=3)
     x = torch.rand(20, 1, 28, 28)
-    figures, rows = vae.evaluate(model, cfg, x, torch.device("cpu"))
-    mu, logvar = model.encode(x)
-    mu, sigma = mu / 2**0.5, (logvar / 2).exp() / 2**0.5
-    expected = 0.7 * (sigma**2 + mu**2 - sigma.log() - 0.5).sum(1).mean().item() + 0.3 * rows[:, 0].mean().item()
-    assert figures["formula"] == pytest.approx(expected, rel=1e-5)
-    assert figures["loss"] == pytest.approx(rows.sum(1).mean().item(), rel=1e-6)
+    torch.manual_seed(vae.seed_for("evaluate", 0))
+    logits, mu, logvar = (t.detach().double().numpy() for t in model(x))
+    figures, rows = vae.evaluate(model, vae.Config(likelihood="gaussian", latent_dim=3), x, torch.device("cpu"))
+    error = ((1 / (1 + np.exp(-logits)) - x.numpy()) ** 2).reshape(20, -1).sum(1)
+    kl = 0.5 * (np.exp(logvar) + mu**2 - 1 - logvar).sum(1)
+    np.testing.assert_allclose(rows.numpy(), np.stack([error, kl], 1), rtol=1e-4)
+    assert figures["elbo"] == pytest.approx(-(error + kl).mean(), rel=1e-5)
+    constant = 0.5 * math.log(math.pi) * 784  # of a normal distribution with variance 1/2
+    normal = torch.distributions.Normal(torch.from_numpy(logits).sigmoid(), 0.5**0.5).log_prob(x.double())
+    likelihood = vae.log_likelihood(torch.from_numpy(logits), x.double(), "gaussian")
+    torch.testing.assert_close(likelihood - constant, normal.flatten(1).sum(1))
 
 
 def test_demo_is_learnable_but_not_trivial():
@@ -142,54 +146,63 @@ def write_idx(path, array):
     array = np.asarray(array, np.uint8)
     head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = head + array.tobytes()
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    path.write_bytes(head + array.tobytes())
 
 
 @pytest.fixture
-def idx(tmp_path):
-    rng = np.random.default_rng(0)
-    for part, n, end in (("train", 60, ".gz"), ("t10k", 20, "")):
-        write_idx(tmp_path / f"set/raw/{part}-images-idx3-ubyte{end}", rng.integers(256, size=(n, 28, 28)))
-        write_idx(tmp_path / f"set/raw/{part}-labels-idx1-ubyte{end}", rng.integers(10, size=n))
-        litter(tmp_path / "set/raw", f"{part}-images-idx3-ubyte{end}")
-    return tmp_path / "set"
+def idx(tmp_path, monkeypatch):
+    """data/mnist/MNIST/raw with 60 images to train and 10 to test, and no network."""
+    def no_network(*args, **how):
+        raise URLError("no network")
+    rng, raw = np.random.default_rng(0), tmp_path / "data/mnist/MNIST/raw"
+    for part, n in (("train", 60), ("t10k", 10)):
+        write_idx(raw / f"{part}-images-idx3-ubyte", rng.integers(256, size=(n, 28, 28)))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", rng.integers(10, size=n))
+        litter(raw, f"{part}-images-idx3-ubyte")
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
+    return raw
 
 
-def test_idx_files_train(idx, call):
-    status, out, err = call("vae", f"--data set {TINY}")
-    assert status == 0 and "images: 50 train, 10 val, 20 test" in out, err
+def test_mnist_files_train(idx, call):
+    status, out, err = call("vae", f"--data mnist {TINY}")
+    assert status == 0 and "images: 50 train, 10 val, 10 test" in out, err
+    data = vae.load_data(vae.Config(data="mnist"))
+    raw = np.frombuffer((idx / "t10k-images-idx3-ubyte").read_bytes(), np.uint8, offset=16).reshape(10, 28, 28)
+    assert (data["test"][0].numpy() == raw).all() and data["classes"] == [str(digit) for digit in range(10)]
 
 
-@pytest.mark.parametrize("harm", ["truncated", "cut gzip", "not idx", "labels", "missing", "empty"])
-def test_broken_idx_files(harm, idx, refuses):
-    images, labels = idx / "raw/t10k-images-idx3-ubyte", idx / "raw/t10k-labels-idx1-ubyte"
+@pytest.mark.parametrize("harm", ["truncated", "not idx", "labels", "sides", "missing", "empty", "all missing"])
+def test_broken_mnist_files(harm, idx, refuses):
+    images, labels = idx / "t10k-images-idx3-ubyte", idx / "t10k-labels-idx1-ubyte"
     if harm == "truncated":
         images.write_bytes(images.read_bytes()[:-5])
-    elif harm == "cut gzip":
-        images = idx / "raw/train-images-idx3-ubyte.gz"
-        images.write_bytes(images.read_bytes()[:-500])
     elif harm == "not idx":
         images.write_bytes(b"GIF89a" + images.read_bytes())
     elif harm == "labels":
-        write_idx(labels, np.zeros(19))
+        write_idx(labels, np.zeros(9))
+    elif harm == "sides":
+        write_idx(images, np.zeros((10, 14, 56)))
     elif harm == "missing":
         images.unlink()
-    else:
+    elif harm == "empty":
         images.write_bytes(b"")
-    refuses("vae", f"--data set {TINY}", "(19,) labels for (20, 28, 28)" if harm == "labels" else images.name)
+    else:
+        shutil.rmtree(idx.parent.parent)
+    message = {"labels": "69 labels for images of shape (70, 28, 28)", "missing": "no network", "all missing": "no network"}
+    refuses("vae", f"--data mnist {TINY}", "data/mnist", "data/README.md", message.get(harm, ""))
 
 
-def test_mutated_idx_files_never_trace_back(idx, monkeypatch):
-    path = idx / "raw/t10k-labels-idx1-ubyte"
+def test_mutated_mnist_files_never_trace_back(idx, monkeypatch):
+    path = idx / "t10k-labels-idx1-ubyte"
     good, rng = path.read_bytes(), np.random.default_rng(0)
+    monkeypatch.chdir(idx.parents[3])
     for _ in range(300):
         bad = bytearray(good)
         for _ in range(rng.integers(1, 4)):
             bad[rng.integers(len(bad))] = rng.integers(256)
         path.write_bytes(bytes(bad[: rng.integers(1, len(bad) + 1)]))
         try:
-            vae.load_data(vae.Config(data=str(idx)))
+            vae.load_data(vae.Config(data="mnist"))
         except vae.UserError:
             pass
 
@@ -213,7 +226,7 @@ def pictures(tmp_path):
 
 def test_image_folder(pictures, call):
     status, out, err = call("vae", f"--data pictures {TINY}")
-    assert status == 0 and "grey" in out and "knn" in out, err
+    assert status == 0 and "knn" in out, err
     status, out, err = call("vae", "encode pictures --save codes")
     codes, files = np.load("codes/codes.npy"), open("codes/files.txt").read().splitlines()
     assert status == 0 and codes.shape == (31, 2) and len(files) == 31 and files == sorted(files)
@@ -227,6 +240,7 @@ def test_image_folder_without_classes(pictures, call, refuses):
     status, out, err = call("vae", f"--data pictures {TINY}")
     assert status == 0 and "knn" not in out.splitlines()[-1] and "iwae" in out.splitlines()[-1], err
     refuses("vae", "interpolate", "without classes")
+    refuses("vae", "interpolate --from_class a", "unknown class 'a'", "without classes")
 
 
 def test_unreadable_images(pictures, call, refuses):
@@ -235,7 +249,7 @@ def test_unreadable_images(pictures, call, refuses):
     assert status == 0 and "1 of 32 images are unreadable, skipped" in out and "zz.png" in out
     for i in range(5):
         (pictures / f"b/bad{i}.png").write_bytes(b"")
-    refuses("vae", f"--data pictures --out new {TINY}", "31 of 37")
+    refuses("vae", f"--data pictures --out new {TINY}", "31 of 37", "95 %")
 
 
 def test_bad_input(tmp_path, refuses, call):
@@ -266,11 +280,28 @@ def test_real_fashionmnist(call, tmp_path):
 def test_a_class_without_validation_images_has_a_mean_all_the_same():
     torch.manual_seed(0)
     model = vae.VAE(2, (4, 8, 16), 32)
-    x = torch.randint(0, 255, (6, 28, 28), dtype=torch.uint8)
+    x = torch.randint(0, 255, (6, 32, 32), dtype=torch.uint8)
     data = {"train": (x[:4], torch.tensor([0, 0, 1, 1])), "val": (x[4:], torch.tensor([0, 0])), "classes": ["a", "b"]}
-    means = vae.class_means(model, vae.Config(image_size=32), data, "cpu")
-    expected = [vae.codes(model, part, vae.Config(image_size=32), "cpu").mean(0) for part in (x[4:], x[2:4])]
-    assert torch.allclose(means, torch.stack(expected), atol=1e-6)
+    means = vae.class_means(model, data, "cpu")
+    assert list(means) == ["a", "b"]
+    for name, part in (("a", x[[0, 1, 4, 5]]), ("b", x[2:4])):
+        torch.testing.assert_close(means[name], vae.codes(model, part, "cpu").mean(0), atol=1e-6, rtol=0)
+
+
+def test_pixels_of_every_kind_of_image(tmp_path):
+    """Grey as Pillow's own luma; transparent is white; 16 bits are scaled; CMYK and palettes are colours."""
+    Image.new("RGB", (8, 8), (200, 30, 90)).save(tmp_path / "a.png")
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "b.png")
+    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(tmp_path / "c.png")
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "d.jpg", quality=100)
+    Image.new("P", (8, 8), 0).save(tmp_path / "e.gif", transparency=0)
+    Image.new("L", (8, 4), 77).save(tmp_path / "f.png")
+    Image.new("1", (8, 8), 1).save(tmp_path / "g.png")
+    x, paths = vae.read_images(tmp_path, 8)
+    assert [path.name for path in paths] == sorted(path.name for path in paths) and len(paths) == 7
+    luma = round(0.299 * 200 + 0.587 * 30 + 0.114 * 90)
+    assert [int(image[4, 4]) for image in x[[0, 1, 2, 4, 5, 6]]] == [luma, 255, 30000 // 256, 255, 77, 255]
+    assert abs(int(x[3, 4, 4]) - 76) <= 2 and (x[5, 0] == 0).all()  # red; padded to a square
 
 
 def test_images_with_alpha_are_turned_upright(tmp_path):
