@@ -83,7 +83,7 @@ class Config:
     to_class: str = ""  # where `interpolate` ends; default: the last class by name
 
 
-PRESETS = {"demo": {"epochs": 12, "iwae_k": 500}}
+PRESETS = {"demo": {"epochs": 8, "iwae_k": 500}}
 MODES = {"train": ("", "train and test (default)"), "bench": ("", "time the training step"),
          "eval": ("", "test a checkpoint, one CSV line per image"), "sample": ("", "draw from the prior"),
          "interpolate": ("", "walk from the mean code of one class to that of another"),
