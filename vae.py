@@ -108,18 +108,17 @@ class Residual(nn.Module):
 class VAE(nn.Module):
     """The encoder q(z|x) = N(mu, diag(exp(logvar))) and the decoder p(x|z), its mirror (section 3).
 
-    x is (B, 1, S, S) in [0, 1], S = image_size; z is (B, latent_dim). Each convolution halves the side
-    (rounded up). No layer mixes images: a code does not depend on its batch.
+    x is (B, 1, S, S) in [0, 1], S = image_size; z is (B, latent_dim). Each layer halves the side
+    (rounded up) or doubles it: 28, 14, 7, 4 and 4, 8, 16, 32, cut to 28. No layer mixes images of a batch.
     """
 
     def __init__(self, latent_dim=2, channels=(32, 64, 128), image_size=32, hidden=512):
         super().__init__()
-        down, up, side = [], [], image_size
-        for c_in, c_out in zip((1, *channels), channels):  # (B, 1, 28, 28), (B, 32, 14, 14), ... and back
+        self.image_size, down, up = image_size, [], []
+        for c_in, c_out in zip((1, *channels), channels):
             down += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU()]
-            odd = side % 2
-            up = [nn.GELU(), nn.ConvTranspose2d(c_out, c_in, 3, 2, padding=1, output_padding=1 - odd), *up]
-            side = (side + odd) // 2
+            up = [nn.GELU(), nn.ConvTranspose2d(c_out, c_in, 3, stride=2, padding=1, output_padding=1), *up]
+        side = math.ceil(image_size / 2 ** len(channels))  # of the smallest map
         flat = channels[-1] * side**2
         self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, hidden), nn.GELU(),
                                      Residual(hidden))
@@ -135,7 +134,7 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """(B, latent_dim) -> logits (B, 1, S, S); their sigmoid is the mean of the pixels."""
-        return self.decoder(z).float()
+        return self.decoder(z)[:, :, : self.image_size, : self.image_size].float()
 
     def forward(self, x):
         """(B, 1, S, S) -> logits (B, 1, S, S), mu, logvar, with one sample of z."""
