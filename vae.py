@@ -108,14 +108,14 @@ class Residual(nn.Module):
 class VAE(nn.Module):
     """The encoder q(z|x) = N(mu, diag(exp(logvar))) and the decoder p(x|z), its mirror (section 3).
 
-    x is (B, 1, S, S) in [0, 1], S = image_size; z is (B, latent_dim). Each layer halves the side
-    (rounded up) or doubles it: 28, 14, 7, 4 and 4, 8, 16, 32, cut to 28. No layer mixes images of a batch.
+    x is (B, 1, S, S) in [0, 1], S = image_size; z is (B, latent_dim). Convolutions halve the side, rounded
+    up, and double it again: 28, 14, 7, 4, then 8, 16, 32, cut to 28. No layer mixes the images of a batch.
     """
 
     def __init__(self, latent_dim=2, channels=(32, 64, 128), image_size=32, hidden=512):
         super().__init__()
         self.image_size, down, up = image_size, [], []
-        for c_in, c_out in zip((1, *channels), channels):
+        for c_in, c_out in zip((1, *channels), channels):  # the decoder is built from its end
             down += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU()]
             up = [nn.GELU(), nn.ConvTranspose2d(c_out, c_in, 3, stride=2, padding=1, output_padding=1), *up]
         side = math.ceil(image_size / 2 ** len(channels))  # of the smallest map
@@ -161,7 +161,10 @@ def log_likelihood(logits, x, likelihood="bernoulli"):
 
 
 # DATA -------------------------------------------------------------------------------------------------------
-AUTO = {"fashionmnist": "FashionMNIST/raw", "mnist": "MNIST/raw"}  # what --data auto looks for in data/NAME
+AUTO = {  # what --data auto looks for in data/NAME: the file that is downloaded last
+    "fashionmnist": "FashionMNIST/raw/t10k-labels-idx1-ubyte.gz",
+    "mnist": "MNIST/raw/t10k-labels-idx1-ubyte.gz",
+}
 REAL = "--data fashionmnist downloads the real set"
 OUTLINES = {  # the demo's classes: the corners x, y, x, y, ... on a 28x28 board
     "shirt": (4, 6, 10, 4, 18, 4, 24, 6, 26, 13, 21, 14, 20, 25, 8, 25, 7, 14, 2, 13),
@@ -444,14 +447,17 @@ def predict(mode, inputs, flags):
     cfg, ckpt, device, folder = open_checkpoint(flags)
     model = build(cfg, device).eval()
     model.load_state_dict(ckpt["model"])
+    files = {"eval": "test.csv", "sample": "samples.png", "interpolate": "interpolation.png",
+             "encode": "codes.npy"}
+    path = folder / files[mode]
     if mode == "eval":
         figures, rows = score(model, cfg, load_data(cfg), device)
-        np.savetxt(path := folder / "test.csv", rows, "%.6f", ",", header="reconstruction,kl", comments="")
+        np.savetxt(path, rows, "%.6f", ",", header="reconstruction,kl", comments="")
         say(show(figures, digits=6))
     elif mode == "sample":
         torch.manual_seed(seed_for("sample", cfg.seed))
         z = torch.randn(cfg.n, cfg.latent_dim)
-        save_grid(generate(model, z, device), path := folder / "samples.png", math.ceil(cfg.n**0.5))
+        save_grid(generate(model, z, device), path, math.ceil(cfg.n**0.5))
     elif mode == "interpolate":
         means = ckpt["class_means"]
         first, last = cfg.from_class or min(means, default=""), cfg.to_class or max(means, default="")
@@ -460,12 +466,12 @@ def predict(mode, inputs, flags):
                 known = ", ".join(means) or "none, being trained without classes"
                 raise UserError(f"unknown class {name!r}; this model knows {known}")
         z = torch.lerp(means[first], means[last], torch.linspace(0, 1, 10)[:, None])
-        save_grid(generate(model, z, device), path := folder / "interpolation.png", 10)
-    else:  # encode
+        save_grid(generate(model, z, device), path, 10)
+    else:
         if len(inputs) > 1:
             raise UserError(f"encode takes one folder, not {' '.join(inputs)}")
         images, paths = read_images(inputs[0], cfg.image_size)
-        np.save(path := folder / "codes.npy", codes(model, images, device).numpy())
+        np.save(path, codes(model, images, device).numpy())
         names = "".join(f"{p}\n" for p in paths)
         (folder / "files.txt").write_text(names, encoding="utf-8", errors="surrogateescape")
     say(f"written: {path}")
