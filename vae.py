@@ -61,7 +61,7 @@ class Config:
     compile: str = "auto"  # auto|on|off torch.compile; auto: on for CUDA on Linux
     seed: int = 0  # of initial weights, order of the data, and noise
     batch_size: int = 64  # images per step, over all processes
-    lr: float = 3e-3  # peak learning rate
+    lr: float = 2e-3  # peak learning rate
     max_steps: int = 0  # end after this many steps; 0: after the whole schedule
     max_minutes: float = 0.0  # save and stop after this many minutes; 0: never
     eval_every: int = 1000  # steps between validations

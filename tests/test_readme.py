@@ -11,16 +11,15 @@ from conftest import ROOT, SCRIPTS
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(\w+)\.py` \|.*\]\((docs/results/[\w.-]+)\) \|$", README, re.M)
 SEEDS = re.findall(r"^\| `(\w+)\.py` \| (\w+) \| ([\d.]+), ([\d.]+), ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|", README, re.M)
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.stem in SCRIPTS]
 
 
 def records(log):
     return [json.loads(line) for line in (ROOT / log).read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("name, log", ROWS)
-def test_figures_of_the_results_table_are_in_their_logs(name, log):
-    row = next(line for line in README.splitlines() if log in line and line.startswith(f"| `{name}.py` |"))
-    result = row.split(" | ")[2]
+def holds(log, result):
+    """Whether each figure of a table's cell is one of the log's test figures."""
     last = records(log)[-1]
     assert last["split"] == "test"
     values = [abs(v) for v in last.values() if isinstance(v, (int, float))]
@@ -29,6 +28,21 @@ def test_figures_of_the_results_table_are_in_their_logs(name, log):
     for number in numbers:
         decimals = len(number.split(".")[1])
         assert any(f"{v:.{decimals}f}" == number for v in values), (number, values)
+
+
+@pytest.mark.parametrize("name, log", ROWS)
+def test_figures_of_the_results_table_are_in_their_logs(name, log):
+    row = next(line for line in README.splitlines() if log in line and line.startswith(f"| `{name}.py` |"))
+    holds(log, row.split(" | ")[2])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_figures_of_a_scripts_page_are_in_their_logs(page):
+    """The rows of its table of results: | what | figures | ... | [log](results/NAME.jsonl) |"""
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \|.*\[log\]\(([\w./-]+)\) \|$", page.read_text(encoding="utf-8"), re.M)
+    assert rows and len(page.read_text(encoding="utf-8").splitlines()) <= 80
+    for result, log in rows:
+        holds(f"docs/{log}", result)
 
 
 @pytest.mark.parametrize("name, key, a, b, c, mean, spread", SEEDS)
@@ -79,14 +93,16 @@ def test_one_and_two_processes_are_in_their_log():
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", *PAGES):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), target
     for picture in (ROOT / "docs").glob("*.png"):
         assert picture.stat().st_size < 300_000 and f"docs/{picture.name}" in README
 
 
 def test_commands_name_flags_and_modes_that_exist():
-    for name, arguments in re.findall(r"(?:python|--nproc_per_node=8) (\w+)\.py((?: [^#\n`]*)?)", README):
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *PAGES))
+    for name, arguments in re.findall(r"(?:python|--nproc_per_node=8) (\w+)\.py((?: [^#\n`]*)?)", text):
         if name in SCRIPTS:
             module = importlib.import_module(name)
             for flag in re.findall(r"--(\w+)", arguments):
