@@ -1,6 +1,6 @@
-"""A convolutional variational autoencoder (VAE) of small grey images, tested by the bounds of the literature.
+"""A convolutional variational autoencoder (VAE) for small grey images, tested with the literature's bounds.
 
-    python vae.py --data demo                        # generated silhouettes: no download, no GPU
+    python vae.py --data demo                        # generated flowers: no download, no GPU
     python vae.py --data fashionmnist                # downloads 30 MB on first use; 2-D latent space
     python vae.py --data path/to/images              # your own images; sub-folders, if any, are the classes
     torchrun --nproc_per_node=8 vae.py --data fashionmnist
@@ -13,7 +13,7 @@
 
 RESULTS
 
-Paper: Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, arXiv 1312.6114 (the sections, equations
+Paper: Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, arXiv 1312.6114 (all sections, equations
 and appendices below). Bound with k samples: Burda et al., "Importance Weighted Autoencoders", 2016, arXiv
 1509.00519. Protocol: Norouzi et al., "Exemplar VAE", 2020, arXiv 2004.04795: 28x28 pixels, binarised at
 random in each training step and once for testing; 50,000 to train, 10,000 to validate, 10,000 to test.
@@ -69,13 +69,13 @@ class Config:
     log_every: int = 100  # steps between log lines
     # the task
     epochs: int = 10  # length of the schedule
-    likelihood: str = "bernoulli"  # bernoulli|gaussian pixels: binarised, or grey with a squared error
+    likelihood: str = "bernoulli"  # bernoulli|gaussian pixels: binarised, or grey with the squared error
     latent_dim: int = 2  # 2 to 10000, dimensions of z
     width: int = 32  # channels after the first convolution; each further one doubles them
     hidden: int = 512  # units of the dense layers
     image_size: int = 28  # side in pixels; smaller images are padded, those of a folder resized
     kl_weight: float = 1.0  # weight of the KL in the objective
-    kl_warmup: float = 0.5  # 0.001 to 1, share of the schedule in which that weight rises
+    kl_warmup: float = 0.5  # 0.001 to 1, share of the schedule in which that weight rises from 0
     iwae_k: int = 5000  # samples per image for the final importance-weighted bound
     iwae_n: int = 64  # test images that this bound is measured on
     n: int = 64  # images that `sample` draws
@@ -89,7 +89,7 @@ MODES = {"train": ("", "train and test (default)"), "bench": ("", "time the trai
          "interpolate": ("", "walk from the mean code of one class to that of another"),
          "encode": ("FOLDER", "codes of the images in it")}
 UNIT = "images"  # what a batch is counted in
-SHAPE = {"likelihood", "latent_dim", "width", "hidden", "image_size"}  # what a checkpoint alone decides
+SHAPE = {"likelihood", "latent_dim", "width", "hidden", "image_size"}  # fields that a checkpoint fixes
 CPU_BF16 = True  # measured: 1.2 to 1.5 times as fast as float32 on a CPU that multiplies bfloat16
 
 
@@ -115,7 +115,7 @@ class VAE(nn.Module):
     def __init__(self, latent_dim=2, channels=(32, 64, 128), image_size=32, hidden=512):
         super().__init__()
         self.image_size, down, up = image_size, [], []
-        for c_in, c_out in zip((1, *channels), channels):  # the decoder is built from its end
+        for c_in, c_out in zip((1, *channels), channels):  # the decoder's layers from last to first
             down += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU()]
             up = [nn.GELU(), nn.ConvTranspose2d(c_out, c_in, 3, stride=2, padding=1, output_padding=1), *up]
         side = math.ceil(image_size / 2 ** len(channels))  # of the smallest map
@@ -129,7 +129,7 @@ class VAE(nn.Module):
     def encode(self, x):
         """(B, 1, S, S) -> mu, logvar: (B, latent_dim) each, float32 also under autocast."""
         h = self.encoder(x)  # (B, hidden)
-        logvar = 4 - F.softplus(4 - self.to_logvar(h).float())  # smoothly below 4, lest exp(logvar) overflow
+        logvar = 4 - F.softplus(4 - self.to_logvar(h).float())  # a smooth limit, or exp(logvar) overflows
         return self.to_mu(h).float(), logvar
 
     def decode(self, z):
@@ -166,35 +166,19 @@ AUTO = {  # what --data auto looks for in data/NAME: the file that is downloaded
     "mnist": "MNIST/raw/t10k-labels-idx1-ubyte.gz",
 }
 REAL = "--data fashionmnist downloads the real set"
-OUTLINES = {  # the demo's classes: the corners x, y, x, y, ... on a 28x28 board
-    "shirt": (4, 6, 10, 4, 18, 4, 24, 6, 26, 13, 21, 14, 20, 25, 8, 25, 7, 14, 2, 13),
-    "trouser": (8, 3, 20, 3, 22, 26, 16, 26, 14, 10, 12, 26, 6, 26),
-    "dress": (11, 2, 17, 2, 16, 9, 23, 26, 5, 26, 12, 9),
-    "boot": (10, 3, 17, 3, 17, 16, 25, 20, 25, 25, 10, 25),
-    "bag": (8, 12, 8, 5, 20, 5, 20, 12, 25, 12, 25, 24, 3, 24, 3, 12, 17, 12, 17, 8, 11, 8, 11, 12),
-    "hat": (9, 6, 19, 6, 20, 17, 27, 18, 27, 21, 1, 21, 1, 18, 8, 17),
-    "house": (14, 2, 25, 13, 22, 13, 22, 25, 16, 25, 16, 18, 12, 18, 12, 25, 6, 25, 6, 13, 3, 13),
-    "tree": (14, 2, 24, 14, 19, 14, 25, 21, 16, 21, 16, 26, 12, 26, 12, 21, 3, 21, 9, 14, 4, 14),
-    "fish": (2, 14, 10, 7, 18, 10, 26, 5, 24, 14, 26, 23, 18, 18, 10, 21),
-    "star": (14, 2, 17, 11, 26, 11, 19, 16, 22, 25, 14, 20, 6, 25, 9, 16, 2, 11, 11, 11),
-}
+PETALS = 8  # the demo's classes are flowers of 1 to 8 petals
 
 
 def demo_images(count):
-    """Silhouettes of ten classes, each with a random affine map and shade: (N, 28, 28) uint8, labels (N,)."""
-    from PIL import Image, ImageDraw
-    boards = []
-    for corners in OUTLINES.values():
-        board = Image.new("L", (112, 112))  # four times as large, so that the edges become smooth
-        ImageDraw.Draw(board).polygon([4 * c for c in corners], fill=255)
-        boards.append(np.asarray(board.reduce(4)))
+    """Flowers, each with a random affine map and shade: (N, 28, 28) uint8, labels (N,)."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(len(boards), (count,), generator=generator)
+    labels = torch.randint(PETALS, (count,), generator=generator)
     maps = torch.eye(2, 3) + 0.06 * torch.randn(count, 2, 3, generator=generator)
-    grid = F.affine_grid(maps, (count, 1, 28, 28), align_corners=False)
-    boards = torch.from_numpy(np.stack(boards))[labels, None].float()
     shades = 0.5 + 0.4 * torch.rand(count, 1, 1, generator=generator)
-    return (F.grid_sample(boards, grid, align_corners=False)[:, 0] * shades).byte(), labels
+    x, y = F.affine_grid(maps, (count, 1, 28, 28), align_corners=False).unbind(-1)  # (N, 28, 28), -1 to 1
+    radius = 0.6 + 0.3 * torch.cos((labels[:, None, None] + 1) * torch.atan2(y, x))  # of the outline
+    inside = torch.sigmoid(30 * (radius - torch.hypot(x, y)))  # 1 inside, 0 outside, smooth between
+    return (255 * shades * inside).byte(), labels
 
 
 def find_files(folder, pattern="**/*"):
@@ -225,9 +209,9 @@ def read_images(folder, size):
     """All images under a folder as (N, size, size) uint8, and their paths. Each is turned upright by its EXIF
     tag, put on white if it is transparent, made grey, and padded to a square."""
     from PIL import Image, ImageOps
-    images, bad = {}, []
+    images, bad, endings = {}, [], "jpg jpeg png gif bmp pgm ppm tif tiff webp".split()
     for path in find_files(Path(folder)):
-        if path.suffix.lower() not in Image.registered_extensions():
+        if path.suffix.lower()[1:] not in endings:
             continue
         try:
             image = ImageOps.exif_transpose(Image.open(path))
@@ -247,28 +231,24 @@ def read_images(folder, size):
     return torch.from_numpy(np.stack(list(images.values()))), list(images)
 
 
-def image_folder(folder, size):
-    """Images (N, size, size) uint8 in the order of a hash of their paths, labels, and the classes: the names
-    of the sub-folders, or none if an image is in no sub-folder."""
-    if not folder.is_dir():
-        raise UserError(f"--data {folder}: no such folder, and none of demo, {', '.join(AUTO)}")
-    images, paths = read_images(folder, size)
-    paths = [path.relative_to(folder) for path in paths]
-    names = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
-    classes = sorted(set(names)) if all(names) else []
-    labels = torch.tensor([classes.index(name) if classes else 0 for name in names])
-    order = torch.tensor([seed_for(path.as_posix()) for path in paths]).argsort()
-    return images[order], labels[order], classes
-
-
 def load_data(cfg):
     """{"train", "val", "test": (images (N, S, S) uint8, labels (N,)), "classes": their names, if any}."""
     if cfg.data == "demo":
-        images, labels, classes = *demo_images(12000), list(OUTLINES)
+        images, labels = demo_images(12000)
+        classes = [f"{k + 1}-petal" for k in range(PETALS)]
     elif cfg.data in AUTO:
         images, labels, classes = torchvision_set(cfg.data)
     else:
-        images, labels, classes = image_folder(Path(cfg.data), cfg.image_size)
+        folder = Path(cfg.data)
+        if not folder.is_dir():
+            raise UserError(f"--data {folder}: no such folder, and none of demo, {', '.join(AUTO)}")
+        images, paths = read_images(folder, cfg.image_size)
+        paths = [path.relative_to(folder) for path in paths]
+        names = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]  # of the sub-folders
+        classes = sorted(set(names)) if all(names) else []
+        labels = torch.tensor([classes.index(name) if classes else 0 for name in names])
+        order = torch.tensor([seed_for(path.as_posix()) for path in paths]).argsort()  # shuffled
+        images, labels = images[order], labels[order]
     margin = cfg.image_size - images.shape[1]
     if margin < 0:
         raise UserError(f"--image_size {cfg.image_size}: the images of {cfg.data} are larger")
@@ -277,12 +257,12 @@ def load_data(cfg):
     images = F.pad(images, (margin // 2, margin - margin // 2) * 2)
     held_out = len(images) // (7 if cfg.data in AUTO else 10)  # 10,000 of 70,000, else a tenth
     sizes = len(images) - 2 * held_out, held_out, held_out
-    parts = zip(images.split(sizes), labels.split(sizes))
-    return dict(zip(("train", "val", "test"), parts)) | {"classes": classes}
+    train, val, test = zip(images.split(sizes), labels.split(sizes))
+    return {"train": train, "val": val, "test": test, "classes": classes}
 
 
-def observed(images, likelihood, generator=None):
-    """The pixels that a model explains: uint8 (B, S, S) -> (B, 1, S, S) in [0, 1], for "bernoulli" 0 or 1."""
+def target_pixels(images, likelihood, generator=None):
+    """The pixels x of the model: uint8 (B, S, S) -> (B, 1, S, S) in [0, 1], for "bernoulli" drawn 0 or 1."""
     x = images[:, None] / 255
     return torch.bernoulli(x, generator=generator) if likelihood == "bernoulli" else x
 
@@ -295,40 +275,40 @@ def elbo(model, x):
 
 
 def iwae_bound(model, x, k, chunk=1000):
-    """log 1/k sum_i p(x, z_i) / q(z_i|x), z_i ~ q(z|x): a lower bound on log p(x) that rises with k (Burda et
-    al., eq. 8). Binary x (B, 1, S, S) -> (B,) nats. About `chunk` samples are decoded at a time."""
+    """log 1/k sum_i p(x, z_i) / q(z_i|x), z_i ~ q(z|x): in expectation a lower bound on log p(x), which rises
+    with k (Burda et al., eq. 8). Binary x (B, 1, S, S) -> (B,) nats. It decodes about `chunk` z at a time."""
     mu, logvar = model.encode(x)  # (B, D)
-    log_weights, most = [], max(1, chunk // len(x))
-    for start in range(0, k, most):
-        shape = min(most, k - start), *mu.shape  # (samples, B, D)
-        z = reparameterize(mu.expand(shape), logvar.expand(shape))
-        logits = model.decode(z.flatten(0, 1)).unflatten(0, shape[:2])  # (samples, B, 1, S, S)
+    log_weights, per_chunk = [], max(1, chunk // len(x))
+    for start in range(0, k, per_chunk):
+        epsilon = torch.randn_like(mu.expand(min(per_chunk, k - start), *mu.shape))  # (samples, B, D)
+        z = mu + torch.exp(0.5 * logvar) * epsilon
+        logits = model.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])  # (samples, B, 1, S, S)
         log_p = -0.5 * (z**2).sum(-1)  # log p(z) and log q(z|x), both without -D/2 log(2 pi)
-        log_q = -0.5 * ((z - mu) ** 2 / logvar.exp() + logvar).sum(-1)
-        log_weights.append(log_likelihood(logits, x) + log_p - log_q)
+        log_q = -0.5 * (epsilon**2 + logvar).sum(-1)
+        log_weights.append(log_likelihood(logits, x) + log_p - log_q)  # (samples, B)
     return torch.cat(log_weights).logsumexp(0) - math.log(k)
 
 
 def knn_accuracy(train_z, train_y, test_z, test_y, k=10):
-    """Share (0-1) of test points whose class is the commonest (of equals: the lowest) among their k nearest
+    """Share (0-1) of test points whose class is the most frequent (on a tie, the lowest) among the k nearest
     training points: codes (N, D) and labels (N,), codes (M, D) and labels (M,)."""
-    votes, hits = F.one_hot(train_y), 0
+    votes, hits = F.one_hot(train_y), 0  # (N, classes)
     for z, y in zip(test_z.split(1000), test_y.split(1000)):
-        nearest = torch.cdist(z, train_z).topk(min(k, len(train_z)), largest=False).indices  # (M, k)
+        nearest = torch.cdist(z, train_z).topk(min(k, len(train_z)), largest=False).indices  # (1000, k)
         hits += (votes[nearest].sum(1).argmax(1) == y).sum().item()
     return hits / len(test_y)
 
 
 def tsne(x, perplexity=30.0, steps=500):
-    """t-SNE (van der Maaten and Hinton, 2008), exact, without randomness: (N, D) -> (N, 2), D at least 2."""
+    """t-SNE (van der Maaten and Hinton, 2008), exact and deterministic: (N, D) -> (N, 2), D at least 2."""
     n, x = len(x), (x - x.mean(0)).double()
     d2 = (torch.cdist(x, x) ** 2).fill_diagonal_(math.inf)
     low, high = torch.zeros(n, 1), torch.full((n, 1), math.inf)
     beta = torch.ones(n, 1).double() / x.var(0).sum().clamp_min(1e-12)
     for _ in range(60):  # bisect each row's precision beta until its entropy is that of the perplexity
         p = torch.softmax(-beta * d2, 1)
-        wide = torch.special.entr(p).sum(1, keepdim=True) > math.log(min(perplexity, max(1.1, (n - 1) / 3)))
-        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
+        flat = torch.special.entr(p).sum(1, keepdim=True) > math.log(min(perplexity, max(1.1, (n - 1) / 3)))
+        low, high = torch.where(flat, beta, low), torch.where(flat, high, beta)
         beta = torch.where(high.isinf(), beta * 2, (low + high) / 2)
     p = ((p + p.T) / (2 * n)).float()  # (N, N), joint probabilities
     y = 1e-2 * n**0.5 * torch.linalg.svd(x, full_matrices=False).U[:, :2].float()  # start: scaled PCA
@@ -383,14 +363,8 @@ def iwae_gap(model, cfg, x, device):
 
 @torch.no_grad()
 def codes(model, images, device):
-    """Posterior means of the grey pixels: uint8 (N, S, S) -> (N, latent_dim) on the CPU."""
+    """Posterior means mu, of the grey pixels: uint8 (N, S, S) -> (N, latent_dim) on the CPU."""
     return torch.cat([model.encode(part.to(device)[:, None] / 255)[0].cpu() for part in images.split(1000)])
-
-
-@torch.no_grad()
-def generate(model, z, device):
-    """The mean of p(x|z): codes (N, latent_dim) -> images (N, 1, S, S) in [0, 1], on the CPU."""
-    return model.decode(z.to(device)).sigmoid().cpu()
 
 
 def save_grid(images, path, columns):
@@ -402,7 +376,7 @@ def save_grid(images, path, columns):
 def score(model, cfg, data, device):
     """The figures of the test set, and -log p(x|z) and KL of each of its images."""
     images, labels = data["test"]
-    x = observed(images, cfg.likelihood, torch.Generator().manual_seed(1))  # binarised once and for all
+    x = target_pixels(images, cfg.likelihood, torch.Generator().manual_seed(1))  # binarised once and for all
     figures, rows = evaluate(model, cfg, x, device)
     if cfg.likelihood == "bernoulli":
         gap = iwae_gap(model, cfg, x, device)
@@ -414,42 +388,44 @@ def score(model, cfg, data, device):
 
 
 def class_means(model, data, device):
-    """{class: mean code (latent_dim,)}, over the images to validate and the first 2,000 to train on."""
+    """{class: mean code (latent_dim,)}, over the validation images and the first 2,000 training images."""
     images, labels = (torch.cat([val, train[:2000]]) for val, train in zip(data["val"], data["train"]))
     z = codes(model, images, device)
     return {name: z[labels == c].mean(0).nan_to_num() for c, name in enumerate(data["classes"])}
 
 
+@torch.no_grad()
 def draw(model, cfg, data, folder, device):
     """Writes the pictures of a trained model into `folder`."""
     images, labels = data["test"]
-    x, z = images[:32, None] / 255, codes(model, images[:32], device)
-    pairs = torch.stack([x, generate(model, z, device)], 1)
+    x, z = images[:32, None].to(device) / 255, codes(model, images[:32], device)
+    pairs = torch.stack([x, model.decode(z.to(device)).sigmoid()], 1)
     save_grid(pairs.flatten(0, 1), folder / "reconstructions.png", 8)
     torch.manual_seed(seed_for("sample", cfg.seed))
-    save_grid(generate(model, torch.randn(64, cfg.latent_dim), device), folder / "samples.png", 8)
+    z = torch.randn(64, cfg.latent_dim)
+    save_grid(model.decode(z.to(device)).sigmoid(), folder / "samples.png", 8)
     if cfg.latent_dim == 2:  # equal steps in probability (appendix A): z_1 to the right, z_2 upwards
-        axis = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.02, 0.98, 20))
-        z = torch.cartesian_prod(-axis, axis).flip(1)
-        save_grid(generate(model, z, device), folder / "manifold.png", 20)
+        axis = torch.special.ndtri(torch.linspace(0.02, 0.98, 20))
+        z = torch.cartesian_prod(-axis, axis).flip(1)  # (400, 2)
+        save_grid(model.decode(z.to(device)).sigmoid(), folder / "manifold.png", 20)
     if figure := new_figure(8, 6.5):
         z = codes(model, images[:2000], device)
         xy, name = (z, "z") if cfg.latent_dim == 2 else (tsne(z), "t-SNE")
-        axes = figure.add_subplot(xlabel=f"{name} 1", ylabel=f"{name} 2", title="Codes of test images")
+        axes = figure.add_subplot(xlabel=f"{name}$_1$", ylabel=f"{name}$_2$", title="Codes of test images")
         for c, label in enumerate(data["classes"] or ["all"]):
             axes.scatter(*xy[labels[:2000] == c].T.numpy(), s=4, label=label)
         axes.legend(markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(folder / "latents.png", dpi=100)
 
 
+@torch.no_grad()
 def predict(mode, inputs, flags):
-    """Every mode that uses a trained model."""
+    """Runs eval, sample, interpolate or encode."""
     cfg, ckpt, device, folder = open_checkpoint(flags)
     model = build(cfg, device).eval()
     model.load_state_dict(ckpt["model"])
-    files = {"eval": "test.csv", "sample": "samples.png", "interpolate": "interpolation.png",
-             "encode": "codes.npy"}
-    path = folder / files[mode]
+    path = folder / {"eval": "test.csv", "sample": "samples.png", "interpolate": "interpolation.png",
+                     "encode": "codes.npy"}[mode]
     if mode == "eval":
         figures, rows = score(model, cfg, load_data(cfg), device)
         np.savetxt(path, rows, "%.6f", ",", header="reconstruction,kl", comments="")
@@ -457,23 +433,23 @@ def predict(mode, inputs, flags):
     elif mode == "sample":
         torch.manual_seed(seed_for("sample", cfg.seed))
         z = torch.randn(cfg.n, cfg.latent_dim)
-        save_grid(generate(model, z, device), path, math.ceil(cfg.n**0.5))
+        save_grid(model.decode(z.to(device)).sigmoid(), path, math.ceil(cfg.n**0.5))
     elif mode == "interpolate":
         means = ckpt["class_means"]
-        first, last = cfg.from_class or min(means, default=""), cfg.to_class or max(means, default="")
-        for name in (first, last):
+        start, end = cfg.from_class or min(means, default=""), cfg.to_class or max(means, default="")
+        for name in (start, end):
             if name not in means:
                 known = ", ".join(means) or "none, being trained without classes"
                 raise UserError(f"unknown class {name!r}; this model knows {known}")
-        z = torch.lerp(means[first], means[last], torch.linspace(0, 1, 10)[:, None])
-        save_grid(generate(model, z, device), path, 10)
+        z = torch.lerp(means[start], means[end], torch.linspace(0, 1, 10)[:, None])
+        save_grid(model.decode(z.to(device)).sigmoid(), path, 10)
     else:
         if len(inputs) > 1:
             raise UserError(f"encode takes one folder, not {' '.join(inputs)}")
         images, paths = read_images(inputs[0], cfg.image_size)
         np.save(path, codes(model, images, device).numpy())
-        names = "".join(f"{p}\n" for p in paths)
-        (folder / "files.txt").write_text(names, encoding="utf-8", errors="surrogateescape")
+        text = "".join(f"{p}\n" for p in paths)
+        (folder / "files.txt").write_text(text, encoding="utf-8", errors="surrogateescape")
     say(f"written: {path}")
 
 
@@ -801,17 +777,15 @@ def main(argv=None):
 
     data = load_data(cfg)
     images, val = data["train"][0].to(device), data["val"][0]
-    val = observed(val, cfg.likelihood, torch.Generator().manual_seed(1))  # binarised once and for all
+    val = target_pixels(val, cfg.likelihood, torch.Generator().manual_seed(1))  # binarised once and for all
     batch_size = min(cfg.batch_size, len(images))
-    if batch_size < WORLD:
-        raise UserError(f"--batch_size {batch_size}: fewer images a step than the {WORLD} processes")
     per_epoch = len(images) // batch_size
     schedule = per_epoch * cfg.epochs
     total = min(cfg.max_steps or schedule, schedule)
     say(f"images: {len(images):,} train, {len(val):,} val, {len(data['test'][0]):,} test; steps: {total:,}")
 
     torch.manual_seed(cfg.seed)
-    raw = build(cfg, device)
+    raw = build(cfg, device)  # without the wrapper of DDP
     if cfg.init and not ckpt:
         load_weights(raw, load_checkpoint(cfg.init)["model"], cfg.init)
     optimizer = torch.optim.Adam(raw.parameters(), cfg.lr, fused=True)
@@ -833,7 +807,7 @@ def main(argv=None):
         epoch, i = divmod(step - 1, per_epoch)
         torch.manual_seed(seed_for(cfg.seed, step, RANK))
         mine = order(epoch)[i * batch_size : (i + 1) * batch_size][RANK::WORLD]
-        return observed(images[mine], cfg.likelihood)
+        return target_pixels(images[mine], cfg.likelihood)
 
     def update(step, x):
         """One step of the optimizer; returns the parts of the loss, per image."""
@@ -844,8 +818,8 @@ def main(argv=None):
         share = WORLD / batch_size  # makes the mean over processes, which DDP takes, that over images
         reconstruction = -log_likelihood(logits, x, cfg.likelihood).sum() * share
         kl = kl_divergence(mu, logvar).sum() * share
-        kl_weight = cfg.kl_weight * min(1, step / (cfg.kl_warmup * schedule))
-        loss = reconstruction + kl_weight * kl  # eq. 10
+        warmed_up = min(1, step / (cfg.kl_warmup * schedule))
+        loss = reconstruction + cfg.kl_weight * warmed_up * kl  # eq. 10
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(raw.parameters(), 100)  # a rare batch has a huge gradient
@@ -871,8 +845,7 @@ def main(argv=None):
         if run.stop:
             return
 
-    best = load_checkpoint(run.folder / "best.pt")
-    raw.load_state_dict(best["model"])
+    raw.load_state_dict(load_checkpoint(run.folder / "best.pt")["model"])
     figures, _ = score(raw, cfg, data, device)
     if RANK == 0:
         draw(raw, cfg, data, run.folder, device)

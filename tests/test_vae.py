@@ -259,7 +259,7 @@ def test_bad_input(tmp_path, refuses, call):
     refuses("vae", "--likelihood poisson", "poisson", "bernoulli")
     refuses("vae", "--data demo --image_size 16", "--image_size", "16")
     assert call("vae", f"--data demo {TINY}")[0] == 0
-    refuses("vae", "interpolate --from_class unicorn", "unicorn", "trouser")
+    refuses("vae", "interpolate --from_class unicorn", "unicorn", "8-petal")
     refuses("vae", "encode nowhere", "nowhere")
     refuses("vae", "encode", "FOLDER")
 
