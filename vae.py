@@ -326,8 +326,8 @@ def tsne(x, perplexity=30.0, steps=500):
 
 # EVALUATE, PREDICT ------------------------------------------------------------------------------------------
 def build(cfg, device):
-    model = VAE(cfg.latent_dim, (cfg.width, 2 * cfg.width, 4 * cfg.width), cfg.image_size, cfg.hidden)
-    return model.to(device, memory_format=torch.channels_last)
+    channels = cfg.width, 2 * cfg.width, 4 * cfg.width
+    return VAE(cfg.latent_dim, channels, cfg.image_size, cfg.hidden).to(device)
 
 
 @torch.no_grad()
