@@ -129,7 +129,7 @@ class VAE(nn.Module):
     def encode(self, x):
         """(B, 1, S, S) -> mu, logvar: (B, latent_dim) each, float32 also under autocast."""
         h = self.encoder(x)  # (B, hidden)
-        logvar = 4 - F.softplus(4 - self.to_logvar(h).float())  # a smooth limit, or exp(logvar) overflows
+        logvar = 4 - F.softplus(4 - self.to_logvar(h).float())  # smoothly at most 4: exp(logvar) is finite
         return self.to_mu(h).float(), logvar
 
     def decode(self, z):
@@ -153,8 +153,8 @@ def kl_divergence(mu, logvar):
 
 
 def log_likelihood(logits, x, likelihood="bernoulli"):
-    """log p(x|z), summed over the pixels: (..., 1, S, S) twice -> (...) nats (appendix C). "gaussian" with
-    variance 1/2 and without its constant is minus the squared error."""
+    """log p(x|z), summed over the pixels: (..., 1, S, S) twice -> (...) nats (appendix C). For "gaussian"
+    with variance 1/2, without the constant, it is minus the squared error."""
     if likelihood == "gaussian":
         return -((logits.sigmoid() - x) ** 2).flatten(-3).sum(-1)
     return (x * logits - F.softplus(logits)).flatten(-3).sum(-1)
@@ -262,7 +262,7 @@ def load_data(cfg):
 
 
 def target_pixels(images, likelihood, generator=None):
-    """The pixels x of the model: uint8 (B, S, S) -> (B, 1, S, S) in [0, 1], for "bernoulli" drawn 0 or 1."""
+    """What p(x|z) is about: uint8 (B, S, S) -> pixels (B, 1, S, S), grey, or for "bernoulli" drawn as 0 or 1."""
     x = images[:, None] / 255
     return torch.bernoulli(x, generator=generator) if likelihood == "bernoulli" else x
 
@@ -379,7 +379,7 @@ def score(model, cfg, data, device):
     x = target_pixels(images, cfg.likelihood, torch.Generator().manual_seed(1))  # binarised once and for all
     figures, rows = evaluate(model, cfg, x, device)
     if cfg.likelihood == "bernoulli":
-        gap = iwae_gap(model, cfg, x, device)
+        gap = iwae_gap(model, cfg, x, device)  # of a few images, added to the ELBO of all
         figures = {"iwae": figures["elbo"] + gap["gap"]} | figures | gap
     if data["classes"]:
         train_z, test_z = codes(model, data["train"][0], device), codes(model, images, device)
