@@ -262,7 +262,7 @@ def load_data(cfg):
 
 
 def target_pixels(images, likelihood, generator=None):
-    """What p(x|z) is about: uint8 (B, S, S) -> pixels (B, 1, S, S), grey, or for "bernoulli" drawn as 0 or 1."""
+    """The x of p(x|z): uint8 (B, S, S) -> pixels (B, 1, S, S), grey, or for "bernoulli" drawn as 0 or 1."""
     x = images[:, None] / 255
     return torch.bernoulli(x, generator=generator) if likelihood == "bernoulli" else x
 
