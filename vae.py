@@ -267,9 +267,10 @@ def load_data(cfg):
     return {"train": train, "val": val, "test": test, "classes": classes}
 
 
-def target_pixels(images, likelihood, generator=None):
-    """The x of p(x|z): uint8 (B, S, S) -> pixels (B, 1, S, S), grey, or for "bernoulli" drawn as 0 or 1."""
-    x = images[:, None] / 255
+def target_pixels(images, likelihood, fixed=False):
+    """The x of p(x|z): uint8 (B, S, S) -> pixels (B, 1, S, S), grey, or for "bernoulli" drawn as 0 or 1;
+    `fixed` draws them alike at every call, as validation and test must."""
+    x, generator = images[:, None] / 255, torch.Generator().manual_seed(1) if fixed else None
     return torch.bernoulli(x, generator=generator) if likelihood == "bernoulli" else x
 
 
@@ -373,6 +374,12 @@ def codes(model, images, device):
     return torch.cat([model.encode(part.to(device)[:, None] / 255)[0].cpu() for part in images.split(1000)])
 
 
+@torch.no_grad()
+def generate(model, z, device):
+    """The mean of p(x|z): codes (N, latent_dim) -> images (N, 1, S, S) in [0, 1], on the CPU."""
+    return model.decode(z.to(device)).sigmoid().cpu()
+
+
 def save_grid(images, path, columns):
     """Writes images (N, 1, S, S) as one PNG, twice as large."""
     from torchvision.utils import save_image
@@ -382,7 +389,7 @@ def save_grid(images, path, columns):
 def score(model, cfg, data, device):
     """The figures of the test set, and -log p(x|z) and KL of each of its images."""
     images, labels = data["test"]
-    x = target_pixels(images, cfg.likelihood, torch.Generator().manual_seed(1))  # binarised once and for all
+    x = target_pixels(images, cfg.likelihood, fixed=True)
     figures, rows = evaluate(model, cfg, x, device)
     if cfg.likelihood == "bernoulli":
         gap = iwae_gap(model, cfg, x, device)  # of a few images, added to the ELBO of all
@@ -400,20 +407,18 @@ def class_means(model, data, device):
     return {name: z[labels == c].mean(0).nan_to_num() for c, name in enumerate(data["classes"])}
 
 
-@torch.no_grad()
 def draw(model, cfg, data, folder, device):
     """Writes the pictures of a trained model into `folder`."""
     images, labels = data["test"]
-    x, z = images[:32, None].to(device) / 255, codes(model, images[:32], device)
-    pairs = torch.stack([x, model.decode(z.to(device)).sigmoid()], 1)
+    x, z = images[:32, None] / 255, codes(model, images[:32], device)
+    pairs = torch.stack([x, generate(model, z, device)], 1)
     save_grid(pairs.flatten(0, 1), folder / "reconstructions.png", 8)
     torch.manual_seed(seed_for("sample", cfg.seed))
-    z = torch.randn(64, cfg.latent_dim)
-    save_grid(model.decode(z.to(device)).sigmoid(), folder / "samples.png", 8)
+    save_grid(generate(model, torch.randn(64, cfg.latent_dim), device), folder / "samples.png", 8)
     if cfg.latent_dim == 2:  # equal steps in probability (appendix A): z_1 to the right, z_2 upwards
         axis = torch.special.ndtri(torch.linspace(0.02, 0.98, 20))
         z = torch.cartesian_prod(-axis, axis).flip(1)  # (400, 2)
-        save_grid(model.decode(z.to(device)).sigmoid(), folder / "manifold.png", 20)
+        save_grid(generate(model, z, device), folder / "manifold.png", 20)
     if figure := new_figure(8, 6.5):
         z = codes(model, images[:2000], device)
         xy, name = (z, "z") if cfg.latent_dim == 2 else (tsne(z), "t-SNE")
@@ -424,7 +429,6 @@ def draw(model, cfg, data, folder, device):
         figure.savefig(folder / "latents.png", dpi=100)
 
 
-@torch.no_grad()
 def predict(mode, inputs, flags):
     """Runs eval, sample, interpolate or encode."""
     cfg, ckpt, device, folder = open_checkpoint(flags)
@@ -439,7 +443,7 @@ def predict(mode, inputs, flags):
     elif mode == "sample":
         torch.manual_seed(seed_for("sample", cfg.seed))
         z = torch.randn(cfg.n, cfg.latent_dim)
-        save_grid(model.decode(z.to(device)).sigmoid(), path, math.ceil(cfg.n**0.5))
+        save_grid(generate(model, z, device), path, math.ceil(cfg.n**0.5))
     elif mode == "interpolate":
         means = ckpt["class_means"]
         start, end = cfg.from_class or min(means, default=""), cfg.to_class or max(means, default="")
@@ -448,7 +452,7 @@ def predict(mode, inputs, flags):
                 known = ", ".join(means) or "none, being trained without classes"
                 raise UserError(f"unknown class {name!r}; this model knows {known}")
         z = torch.lerp(means[start], means[end], torch.linspace(0, 1, 10)[:, None])
-        save_grid(model.decode(z.to(device)).sigmoid(), path, 10)
+        save_grid(generate(model, z, device), path, 10)
     else:
         if len(inputs) > 1:
             raise UserError(f"encode takes one folder, not {' '.join(inputs)}")
@@ -782,8 +786,7 @@ def main(argv=None):
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
 
     data = load_data(cfg)
-    images, val = data["train"][0].to(device), data["val"][0]
-    val = target_pixels(val, cfg.likelihood, torch.Generator().manual_seed(1))  # binarised once and for all
+    images, val = data["train"][0].to(device), target_pixels(data["val"][0], cfg.likelihood, fixed=True)
     batch_size = min(cfg.batch_size, len(images))
     per_epoch = len(images) // batch_size
     schedule = per_epoch * cfg.epochs
@@ -838,7 +841,7 @@ def main(argv=None):
     run.start(total)
     for step in range(run.step + 1, total + 1):
         losses = update(step, fetch(step))
-        check, save = run.step_done(losses, batch_size, optimizer.param_groups[0]["lr"])
+        check, save = run.step_done(losses, batch_size, learning_rate(cfg, step, schedule))
         if check:
             figures, _ = evaluate(raw, cfg, val, device)
             run.write("val", figures)
