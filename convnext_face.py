@@ -1,16 +1,16 @@
-"""ConvNeXt for faces: it learns to tell people apart, then verifies and names people it has never seen.
+"""ConvNeXt for faces: classification of known people, verification and identification of unseen ones.
 
     python convnext_face.py --data demo                       # generated faces: no download, no GPU
-    python convnext_face.py --data hw2p2                      # CMU 11-785 HW2P2, small enough for a CPU
-    python convnext_face.py --data hw2p2-full                 # the same folder, the recipe for 7,000 people
-    python convnext_face.py --data path/to/people             # yours: one sub-folder of images per person
+    python convnext_face.py --data hw2p2                      # CMU 11-785 HW2P2, a recipe for a CPU
+    python convnext_face.py --data hw2p2-full                 # the same folder, a recipe for GPUs
+    python convnext_face.py --data path/to/people             # your own: one sub-folder of images per person
     torchrun --nproc_per_node=8 convnext_face.py --data hw2p2-full
-    python convnext_face.py --data hw2p2 --resume             # goes on where a run was stopped, bit for bit
+    python convnext_face.py --data hw2p2 --resume             # continue a run that was stopped
 
-    python convnext_face.py eval                              # of the newest out/convnext_face-*/best.pt
+    python convnext_face.py eval                              # test the newest out/convnext_face-*/best.pt
     python convnext_face.py eval --pairs lfw/pairsDevTest.txt --images lfw/lfw-deepfunneled
     python convnext_face.py verify a.jpg b.jpg                # the same person?
-    python convnext_face.py identify people/ who.jpg --json   # ranks the folder's people
+    python convnext_face.py identify people/ who.jpg --json   # rank the folder's people
 
 Measured on one thread of a 2-core cloud machine, no GPU, another training beside it, seed 0:
 
@@ -62,37 +62,37 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 @dataclass
 class Config:
     # the same in all five scripts
-    data: str = "auto"  # demo, hw2p2, hw2p2-full or a folder of a sub-folder per person; auto: hw2p2 or demo
-    out: str = ""  # folder of the run; default: out/SCRIPT-DATA
-    save: str = ""  # folder for predictions; default: that of the checkpoint
-    ckpt: str = ""  # checkpoint to eval or predict with; default: the newest best.pt in out/SCRIPT-*
-    init: str = ""  # weights a new run starts from: a checkpoint, torchvision's ConvNeXt file, or imagenet
-    resume: bool = False  # continue the run in --out from its last.pt, if it has one
-    device: str = "auto"  # auto|cpu|cuda|mps to run on
-    dtype: str = "auto"  # auto|float32|bfloat16 for training (autocast); evaluation is always float32
-    compile: str = "auto"  # auto|on|off torch.compile; auto: on for CUDA on Linux
-    seed: int = 0  # of initial weights, order of the data, and noise
+    data: str = "auto"  # demo, hw2p2, hw2p2-full, or a folder of people; auto: hw2p2 if in data/
+    out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
+    save: str = ""  # folder for predictions (default: the folder of the checkpoint)
+    ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)
+    init: str = ""  # first weights: a checkpoint, torchvision's ConvNeXt file, or imagenet (downloaded)
+    resume: bool = False  # continue the run in --out from its last.pt, if there is one
+    device: str = "auto"  # auto|cpu|cuda|mps: where to run
+    dtype: str = "auto"  # auto|float32|bfloat16: precision of training (autocast); metrics are always float32
+    compile: str = "auto"  # auto|on|off: torch.compile; auto: on for CUDA under Linux
+    seed: int = 0  # seed of the initial weights, the order of the data, and the noise
     batch_size: int = 32  # images per step, over all processes
     lr: float = 2e-3  # peak learning rate
-    max_steps: int = 0  # end after this many steps; 0: after the whole schedule
-    max_minutes: float = 0.0  # save and stop after this many minutes; 0: never
+    max_steps: int = 0  # end the training after this many steps; 0: after all epochs
+    max_minutes: float = 0.0  # save and stop after this many minutes; 0: no limit
     eval_every: int = 600  # steps between validations
-    save_every: int = 600  # steps between saves of last.pt, which every validation saves, too
+    save_every: int = 600  # steps between saves of last.pt; each validation saves it, too
     log_every: int = 50  # steps between log lines
     # the task
-    epochs: int = 60  # length of the schedule
+    epochs: int = 60  # passes over the training set
     warmup: int = 200  # 0 to 1000000, steps in which the learning rate rises
-    size: str = "micro"  # mini|micro|atto|pico|nano|tiny|small blocks and channels of the network
-    image_size: int = 80  # side in pixels that images are resized to
-    stem_stride: int = 2  # pixels from patch to patch: 4 as in the paper, or 2 for small images
-    drop_path: float = 0.2  # 0 to 0.99, stochastic depth: chance of skipping the last block, less before it
-    augment: float = 1.0  # strength of the changes made to training images; 0: none
-    loss: str = "center"  # softmax|center|arcface cross-entropy of cosines; with center loss; with a margin
-    center_weight: float = 0.003  # weight of the center loss, the paper's lambda
-    ema: float = 0.998  # 0 to 1, decay of the average of the weights, which is what is tested and kept
-    pairs: str = ""  # `eval`: a file of pairs in LFW's form, such as pairsDevTest.txt or pairs.txt
-    images: str = ""  # `eval`: the folder of the images that --pairs names
-    json: bool = False  # `verify` and `identify` print JSON lines
+    size: str = "micro"  # mini|micro|atto|pico|nano|tiny|small: tiny and small are the paper's T and S
+    image_size: int = 80  # side in pixels to which images are resized
+    stem_stride: int = 2  # stride of the first layer: 4 as in the paper, 2 for small images
+    drop_path: float = 0.2  # 0 to 0.99, stochastic depth: chance of skipping the last block, less before
+    augment: float = 1.0  # strength of the augmentation; 0: none
+    loss: str = "center"  # softmax|center|arcface: cross-entropy of cosines; + center loss; + margin
+    center_weight: float = 0.003  # weight of the center loss (lambda in the paper)
+    ema: float = 0.998  # 0 to 1, decay of the moving average of the weights, which is tested and saved
+    pairs: str = ""  # eval: a file of pairs in LFW's form, such as pairsDevTest.txt or pairs.txt
+    images: str = ""  # eval: the folder of the images that --pairs names
+    json: bool = False  # verify, identify: print JSON lines
 
 
 PRESETS = {"demo": {"size": "mini", "image_size": 48, "batch_size": 64, "lr": 3e-3, "epochs": 20, "ema": 0.99,
@@ -100,10 +100,11 @@ PRESETS = {"demo": {"size": "mini", "image_size": 48, "batch_size": 64, "lr": 3e
            "hw2p2-full": {"size": "tiny", "image_size": 224, "stem_stride": 4, "batch_size": 512, "lr": 1e-3,
                           "warmup": 2000, "ema": 0.9999, "augment": 0.6, "eval_every": 2000,
                           "save_every": 1000}}
-MODES = {"train": ("", "train and test (default)"), "bench": ("", "time the training step"),
-         "eval": ("", "test a checkpoint, on LFW with --pairs and --images"),
-         "verify": ("IMAGE IMAGE", "is it the same person?"),
-         "identify": ("GALLERY IMAGE...", "who of the gallery, one sub-folder per person, is in each image?")}
+MODES = {"train": ("", "train, then test (default)"),
+         "eval": ("", "test a checkpoint, on its own data set or on LFW (--pairs and --images)"),
+         "verify": ("IMAGE IMAGE", "tell whether two images show the same person"),
+         "identify": ("GALLERY IMAGE...", "rank the people of a gallery (a sub-folder each) for each image"),
+         "bench": ("", "time the training step")}
 UNIT = "images"  # what a batch is counted in
 SHAPE = {"size", "image_size", "stem_stride"}  # what a checkpoint alone decides
 LAYER_SCALE = 1.0  # the paper's 1e-6 is for deep networks: with it a short run learns less
@@ -961,21 +962,32 @@ def parse_args(argv):
     def refuse(message):
         raise UserError(f"{message}; see python {SCRIPT}.py --help")
 
+    examples = (__doc__ or "").split("\n\nMeasured")[0]
+    modes = "\n".join(f"  {mode + ' ' + usage:28}{text}" for mode, (usage, text) in MODES.items())
+    presets = "\n".join(" ".join([f"  --data {data}:", *(f"--{k} {v}" for k, v in preset.items())])
+                        for data, preset in PRESETS.items())
     parser = argparse.ArgumentParser(
-        usage=f"{SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+        usage=f"python {SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", allow_abbrev=False,
+        description=f"{examples}\n\nmodes:\n{modes}", epilog=f"defaults that depend on --data:\n{presets}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30, 110),
+        argument_default=argparse.SUPPRESS)
     parser.error = refuse
-    modes = "; ".join(f"{mode} {usage}".strip() + f": {text}" for mode, (usage, text) in MODES.items())
-    parser.add_argument("words", nargs="*", default=[], metavar="MODE", help=modes)
+    parser.add_argument("words", nargs="*", default=[], help=argparse.SUPPRESS)
+    group = parser.add_argument_group("flags of all five scripts [default]")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for name, comment in comments.items():
         default, choices = getattr(Config, name), re.match(r"\w+(\|\w+)+", comment)
-        options = {"type": type(default), "choices": choices[0].split("|") if choices else None}
+        options = {"type": type(default), "choices": choices[0].split("|") if choices else None,
+                   "metavar": type(default).__name__.upper()}
         if default is False:
             options = {"action": "store_true"}
-        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])  # --max_steps and --max-steps
-        parser.add_argument(*names, help=f"{comment} [{default}]".replace("%", "%%"), **options)
-    flags = vars(parser.parse_intermixed_args(argv))
+        text = f"{comment} [{default}]" if str(default) not in ("", "False") else comment
+        group.add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
+        if name == "log_every":  # the last flag that all scripts have
+            group = parser.add_argument_group(f"flags of {SCRIPT}.py [default]")
+    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
+             for word in (sys.argv[1:] if argv is None else argv)]  # --max-steps is --max_steps
+    flags = vars(parser.parse_intermixed_args(words))
     mode, *inputs = flags.pop("words") or ["train"]
     for name, value in flags.items():
         low, high = int(type(value) is int and getattr(Config, name) > 0), 1e12  # of a count at least 1

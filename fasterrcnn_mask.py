@@ -1,13 +1,13 @@
-"""Faster R-CNN: it learns to find faces and to tell who wears a mask, who does not, and who wears it badly.
+"""Faster R-CNN: detection of faces with a mask, without one, and with a badly worn one.
 
     python fasterrcnn_mask.py --data demo                 # generated scenes: no download, no GPU
-    python fasterrcnn_mask.py --data face-mask-detection  # fine-tunes COCO weights: 167 MB on first use
+    python fasterrcnn_mask.py --data face-mask-detection  # fine-tune COCO weights (167 MB on first use)
     python fasterrcnn_mask.py --data face-mask-detection --backbone mobilenet --weights none  # from scratch
-    python fasterrcnn_mask.py --data path/to/voc          # yours: images, and VOC annotations of their names
+    python fasterrcnn_mask.py --data path/to/voc          # your own: images and their VOC annotations
     torchrun --nproc_per_node=8 fasterrcnn_mask.py --data face-mask-detection --batch_size 64 --lr 0.04
-    python fasterrcnn_mask.py --data face-mask-detection --resume    # goes on where it stopped, bit for bit
+    python fasterrcnn_mask.py --data face-mask-detection --resume    # continue a run that was stopped
 
-    python fasterrcnn_mask.py eval                        # of the newest out/fasterrcnn_mask-*/best.pt
+    python fasterrcnn_mask.py eval                        # test the newest out/fasterrcnn_mask-*/best.pt
     python fasterrcnn_mask.py detect photo.jpg folder --save found --json
 
 Measured on one thread of a 2-core cloud machine, no GPU, other work beside it. The demo: 0.972 mAP50 and
@@ -59,46 +59,47 @@ from torchvision.ops import MultiScaleRoIAlign, box_convert, nms
 @dataclass
 class Config:
     # the same in all five scripts
-    data: str = "auto"  # demo, face-mask-detection or a VOC folder; auto: the first that is there
-    out: str = ""  # folder of the run; default: out/SCRIPT-DATA
-    save: str = ""  # folder for predictions; default: that of the checkpoint
-    ckpt: str = ""  # checkpoint to eval or predict with; default: the newest best.pt in out/SCRIPT-*
+    data: str = "auto"  # demo, face-mask-detection, or a VOC folder; auto: what data/ holds, else demo
+    out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
+    save: str = ""  # folder for predictions (default: the folder of the checkpoint)
+    ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)
     init: str = ""  # checkpoint whose weights a new run starts from
-    resume: bool = False  # continue the run in --out from its last.pt, if it has one
-    device: str = "auto"  # auto|cpu|cuda|mps to run on
-    dtype: str = "auto"  # auto|float32|bfloat16 for training (autocast); evaluation is always float32
-    compile: str = "auto"  # auto|on|off torch.compile; auto: on for CUDA on Linux
-    seed: int = 0  # of initial weights, order of the data, and noise
+    resume: bool = False  # continue the run in --out from its last.pt, if there is one
+    device: str = "auto"  # auto|cpu|cuda|mps: where to run
+    dtype: str = "auto"  # auto|float32|bfloat16: precision of training (autocast); metrics are always float32
+    compile: str = "auto"  # auto|on|off: torch.compile; auto: on for CUDA under Linux
+    seed: int = 0  # seed of the initial weights, the order of the data, and the noise
     batch_size: int = 8  # images per step, over all processes
     lr: float = 5e-3  # peak learning rate
-    max_steps: int = 0  # end after this many steps; 0: after the whole schedule
-    max_minutes: float = 0.0  # save and stop after this many minutes; 0: never
+    max_steps: int = 0  # end the training after this many steps; 0: after all epochs
+    max_minutes: float = 0.0  # save and stop after this many minutes; 0: no limit
     eval_every: int = 200  # steps between validations
-    save_every: int = 200  # steps between saves of last.pt, which every validation saves, too
+    save_every: int = 200  # steps between saves of last.pt; each validation saves it, too
     log_every: int = 20  # steps between log lines
     # the task
-    backbone: str = "resnet50_v2"  # mobilenet|resnet50|resnet50_v2 torchvision's detector of that name
-    weights: str = "coco"  # coco (torchvision's, downloaded), none, or a file of such weights
-    image_size: int = 800  # longer side in pixels to which every image is resized
+    backbone: str = "resnet50_v2"  # mobilenet|resnet50|resnet50_v2: torchvision's detector of that name
+    weights: str = "coco"  # coco (downloaded by torchvision), none (from scratch), or a file of COCO weights
+    image_size: int = 800  # longer side in pixels to which images are resized
     trainable_layers: int = 3  # 0 to 6, stages of a pretrained backbone to train, from the last on
-    epochs: int = 20  # length of the schedule
+    epochs: int = 20  # passes over the training set
     warmup: int = 200  # 0 to 1000000, steps in which the learning rate rises
-    weight_decay: float = 1e-4  # of the matrices and kernels
-    augment: float = 1.0  # strength of flip, scale and colour jitter; 0: none
+    weight_decay: float = 1e-4  # weight decay of matrices and kernels
+    augment: float = 1.0  # strength of the augmentation (flip, scale, colour); 0: none
     oversample: int = 2  # times that an image with the rarest class is seen in an epoch
-    classes: str = ""  # names, comma-separated; empty: those in the annotations
-    split: int = 0  # seed of the division into train, val and test
-    threshold: float = 0.0  # score from which a box is drawn; 0: the best one on the validation images
-    json: bool = False  # detect: write boxes.json too, in pixels of each image
+    classes: str = ""  # class names, comma-separated (default: those in the annotations)
+    split: int = 0  # seed of the division into training, validation and test set
+    threshold: float = 0.0  # score from which a box is drawn; 0: the best one on the validation set
+    json: bool = False  # detect: also write boxes.json, in pixels of each image
 
 
 PRESETS = {"demo": {"backbone": "mobilenet", "weights": "none", "image_size": 128, "batch_size": 4,
                     "epochs": 7, "lr": 0.01, "warmup": 50, "augment": 0.3, "oversample": 1,
                     "eval_every": 175}}
 SCRATCH = {"lr": 0.01, "image_size": 400, "epochs": 20, "batch_size": 4}  # with --weights none, unless typed
-MODES = {"train": ("", "train and test (default)"), "bench": ("", "time the training step"),
-         "eval": ("", "test a checkpoint, detections as COCO JSON"),
-         "detect": ("IMAGE_OR_FOLDER...", "draw the faces found in each image")}
+MODES = {"train": ("", "train, then test (default)"),
+         "eval": ("", "test a checkpoint; the detections are written as COCO JSON"),
+         "detect": ("IMAGE_OR_FOLDER...", "find the faces in each image, and draw them"),
+         "bench": ("", "time the training step")}
 UNIT = "images"  # what a batch is counted in
 SHAPE = {"backbone", "weights", "classes", "split"}  # what a checkpoint alone decides
 CPU_BF16 = False  # measured: no faster than float32
@@ -816,21 +817,32 @@ def parse_args(argv):
     def refuse(message):
         raise UserError(f"{message}; see python {SCRIPT}.py --help")
 
+    examples = (__doc__ or "").split("\n\nMeasured")[0]
+    modes = "\n".join(f"  {mode + ' ' + usage:28}{text}" for mode, (usage, text) in MODES.items())
+    presets = "\n".join(" ".join([f"  --data {data}:", *(f"--{k} {v}" for k, v in preset.items())])
+                        for data, preset in PRESETS.items())
     parser = argparse.ArgumentParser(
-        usage=f"{SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+        usage=f"python {SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", allow_abbrev=False,
+        description=f"{examples}\n\nmodes:\n{modes}", epilog=f"defaults that depend on --data:\n{presets}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30, 110),
+        argument_default=argparse.SUPPRESS)
     parser.error = refuse
-    modes = "; ".join(f"{mode} {usage}".strip() + f": {text}" for mode, (usage, text) in MODES.items())
-    parser.add_argument("words", nargs="*", default=[], metavar="MODE", help=modes)
+    parser.add_argument("words", nargs="*", default=[], help=argparse.SUPPRESS)
+    group = parser.add_argument_group("flags of all five scripts [default]")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for name, comment in comments.items():
         default, choices = getattr(Config, name), re.match(r"\w+(\|\w+)+", comment)
-        options = {"type": type(default), "choices": choices[0].split("|") if choices else None}
+        options = {"type": type(default), "choices": choices[0].split("|") if choices else None,
+                   "metavar": type(default).__name__.upper()}
         if default is False:
             options = {"action": "store_true"}
-        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])  # --max_steps and --max-steps
-        parser.add_argument(*names, help=f"{comment} [{default}]".replace("%", "%%"), **options)
-    flags = vars(parser.parse_intermixed_args(argv))
+        text = f"{comment} [{default}]" if str(default) not in ("", "False") else comment
+        group.add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
+        if name == "log_every":  # the last flag that all scripts have
+            group = parser.add_argument_group(f"flags of {SCRIPT}.py [default]")
+    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
+             for word in (sys.argv[1:] if argv is None else argv)]  # --max-steps is --max_steps
+    flags = vars(parser.parse_intermixed_args(words))
     mode, *inputs = flags.pop("words") or ["train"]
     for name, value in flags.items():
         low, high = int(type(value) is int and getattr(Config, name) > 0), 1e12  # of a count at least 1

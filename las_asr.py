@@ -1,13 +1,13 @@
-"""Listen, Attend and Spell: it learns to write down what is said, from sound files to sentences.
+"""Listen, Attend and Spell (LAS): speech recognition, from sound files to text.
 
     python las_asr.py --data demo                            # a generated voice: no download, no GPU
-    python las_asr.py --data librispeech                     # 100 hours; 7 GB are downloaded on first use
-    python las_asr.py --data path/to/train.tsv               # yours: lines of path, tab, transcript
+    python las_asr.py --data librispeech                     # 100 hours; 7 GB downloaded on first use
+    python las_asr.py --data path/to/train.tsv               # your own: lines of path, tab, transcript
     torchrun --nproc_per_node=8 las_asr.py --data librispeech
-    python las_asr.py --data librispeech --resume            # goes on where a run was stopped, bit for bit
+    python las_asr.py --data librispeech --resume            # continue a run that was stopped
 
-    python las_asr.py eval                                   # of the newest out/las_asr-*/best.pt
-    python las_asr.py transcribe a.wav b.flac c.mp3          # any length, rate and number of channels
+    python las_asr.py eval                                   # test the newest out/las_asr-*/best.pt
+    python las_asr.py transcribe a.wav b.flac c.mp3          # any length, sample rate and number of channels
 
 Measured on one thread of a 2-core cloud machine without bfloat16 or a GPU (`speech`: half of it on two
 threads, to step 6,600 of 7,012), other work beside it; one run each, seed 0:
@@ -57,37 +57,37 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     # the same in all five scripts
-    data: str = "auto"  # demo, librispeech, speech, hw4p2, a folder or a TSV; auto: the first there is
-    out: str = ""  # folder of the run; default: out/SCRIPT-DATA
-    save: str = ""  # folder for predictions; default: that of the checkpoint
-    ckpt: str = ""  # checkpoint to eval or predict with; default: the newest best.pt in out/SCRIPT-*
+    data: str = "auto"  # demo, librispeech, speech, hw4p2, a folder or a TSV; auto: what data/ holds
+    out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
+    save: str = ""  # folder for predictions (default: the folder of the checkpoint)
+    ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)
     init: str = ""  # checkpoint whose weights a new run starts from
-    resume: bool = False  # continue the run in --out from its last.pt, if it has one
-    device: str = "auto"  # auto|cpu|cuda|mps to run on
-    dtype: str = "auto"  # auto|float32|bfloat16 for training (autocast); evaluation is always float32
-    compile: str = "auto"  # auto|on|off torch.compile; auto: on for CUDA on Linux
-    seed: int = 0  # of initial weights, order of the data, and noise
+    resume: bool = False  # continue the run in --out from its last.pt, if there is one
+    device: str = "auto"  # auto|cpu|cuda|mps: where to run
+    dtype: str = "auto"  # auto|float32|bfloat16: precision of training (autocast); metrics are always float32
+    compile: str = "auto"  # auto|on|off: torch.compile; auto: on for CUDA under Linux
+    seed: int = 0  # seed of the initial weights, the order of the data, and the noise
     batch_size: int = 6000  # frames per step, padding included, over all processes
     lr: float = 1e-3  # peak learning rate
-    max_steps: int = 0  # end after this many steps; 0: after the whole schedule
-    max_minutes: float = 0.0  # save and stop after this many minutes; 0: never
+    max_steps: int = 0  # end the training after this many steps; 0: after all epochs
+    max_minutes: float = 0.0  # save and stop after this many minutes; 0: no limit
     eval_every: int = 500  # steps between validations
-    save_every: int = 500  # steps between saves of last.pt, which every validation saves, too
+    save_every: int = 500  # steps between saves of last.pt; each validation saves it, too
     log_every: int = 50  # steps between log lines
     # the task
     hidden: int = 256  # units of the listener, per direction
     stack: int = 2  # neighbouring frames joined before the first layer
-    layers: int = 1  # 0 to 6, pyramidal layers, each of which halves the frames
-    speller: int = 256  # units of the decoder
-    dropout: float = 0.3  # 0 to 0.99, between the listener's layers (locked), and on the decoder's input
-    ctc_weight: float = 0.3  # 0 to 1, share of the CTC loss on the listener; 0: none in the search, either
-    teacher: float = 0.9  # 0 to 1, share of true characters fed to the speller at the end, falling from 1
+    layers: int = 1  # 0 to 6, pyramidal layers; each halves the number of frames
+    speller: int = 256  # units of the speller
+    dropout: float = 0.3  # 0 to 0.99, dropout between the listener's layers and on the speller's input
+    ctc_weight: float = 0.3  # 0 to 1, weight of the CTC loss on the listener; 0: none in the search, either
+    teacher: float = 0.9  # 0 to 1, scheduled sampling: final share of true characters fed to the speller
     specaugment: float = 1.0  # 0 to 3, strength of SpecAugment; 0: none
-    speeds: str = "0.9 1.0 1.1"  # speeds at which each training file is heard
-    epochs: int = 20  # length of the schedule
+    speeds: str = "0.9 1.0 1.1"  # speed perturbation: the speeds at which recordings are heard
+    epochs: int = 20  # passes over the training set
     warmup: int = 500  # 0 to 1000000, steps in which the learning rate rises
     beam_size: int = 4  # hypotheses kept in beam search
-    json: bool = False  # transcribe: one JSON object a file, with the score
+    json: bool = False  # transcribe: print one JSON object per file, with its score
 
 
 PRESETS = {
@@ -98,9 +98,10 @@ PRESETS = {
     "librispeech": {"hidden": 512, "stack": 1, "layers": 2, "speller": 512, "batch_size": 96000, "epochs": 40,
                     "warmup": 2000},
     "hw4p2": {"epochs": 24, "batch_size": 4000}}
-MODES = {"train": ("", "train and test (default)"), "bench": ("", "time the training step"),
-         "eval": ("", "test a checkpoint, hypotheses as TSV"),
-         "transcribe": ("FILE...", "the text of each sound file")}
+MODES = {"train": ("", "train, then test (default)"),
+         "eval": ("", "test a checkpoint; the transcripts are written as TSV"),
+         "transcribe": ("FILE...", "print the text of each sound file"),
+         "bench": ("", "time the training step")}
 UNIT = "frames"  # what a batch is counted in
 SHAPE = {"hidden", "stack", "layers", "speller"}  # what a checkpoint alone decides
 CPU_BF16 = True  # measured: 1.3 times as fast as float32 on a CPU that multiplies bfloat16
@@ -947,21 +948,32 @@ def parse_args(argv):
     def refuse(message):
         raise UserError(f"{message}; see python {SCRIPT}.py --help")
 
+    examples = (__doc__ or "").split("\n\nMeasured")[0]
+    modes = "\n".join(f"  {mode + ' ' + usage:28}{text}" for mode, (usage, text) in MODES.items())
+    presets = "\n".join(" ".join([f"  --data {data}:", *(f"--{k} {v}" for k, v in preset.items())])
+                        for data, preset in PRESETS.items())
     parser = argparse.ArgumentParser(
-        usage=f"{SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+        usage=f"python {SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", allow_abbrev=False,
+        description=f"{examples}\n\nmodes:\n{modes}", epilog=f"defaults that depend on --data:\n{presets}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30, 110),
+        argument_default=argparse.SUPPRESS)
     parser.error = refuse
-    modes = "; ".join(f"{mode} {usage}".strip() + f": {text}" for mode, (usage, text) in MODES.items())
-    parser.add_argument("words", nargs="*", default=[], metavar="MODE", help=modes)
+    parser.add_argument("words", nargs="*", default=[], help=argparse.SUPPRESS)
+    group = parser.add_argument_group("flags of all five scripts [default]")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for name, comment in comments.items():
         default, choices = getattr(Config, name), re.match(r"\w+(\|\w+)+", comment)
-        options = {"type": type(default), "choices": choices[0].split("|") if choices else None}
+        options = {"type": type(default), "choices": choices[0].split("|") if choices else None,
+                   "metavar": type(default).__name__.upper()}
         if default is False:
             options = {"action": "store_true"}
-        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])  # --max_steps and --max-steps
-        parser.add_argument(*names, help=f"{comment} [{default}]".replace("%", "%%"), **options)
-    flags = vars(parser.parse_intermixed_args(argv))
+        text = f"{comment} [{default}]" if str(default) not in ("", "False") else comment
+        group.add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
+        if name == "log_every":  # the last flag that all scripts have
+            group = parser.add_argument_group(f"flags of {SCRIPT}.py [default]")
+    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
+             for word in (sys.argv[1:] if argv is None else argv)]  # --max-steps is --max_steps
+    flags = vars(parser.parse_intermixed_args(words))
     mode, *inputs = flags.pop("words") or ["train"]
     for name, value in flags.items():
         low, high = int(type(value) is int and getattr(Config, name) > 0), 1e12  # of a count at least 1

@@ -1,13 +1,13 @@
-"""The Transformer from scratch: it learns to translate, and scores itself as sacrebleu does.
+"""The Transformer for translation, from scratch, scored by BLEU and chrF as sacrebleu computes them.
 
     python transformer_mt.py --data demo                     # a generated grammar: no download, no GPU
     python transformer_mt.py --data multi30k                 # English to German; 2 MB downloaded on first use
     python transformer_mt.py --data multi30k-tok             # the literature's lower-cased, tokenised form
-    python transformer_mt.py --train_src a.en --train_tgt a.de    # yours: two line-aligned files
+    python transformer_mt.py --train_src a.en --train_tgt a.de    # your own: two line-aligned files
     torchrun --nproc_per_node=8 transformer_mt.py --data multi30k
-    python transformer_mt.py --data multi30k --resume        # goes on where a run was stopped, bit for bit
+    python transformer_mt.py --data multi30k --resume        # continue a run that was stopped
 
-    python transformer_mt.py eval                            # of the newest out/transformer_mt-*/best.pt
+    python transformer_mt.py eval                            # test the newest out/transformer_mt-*/best.pt
     python transformer_mt.py translate "A man rides a bike."
     python transformer_mt.py translate < english.txt > german.txt    # one line out per line in
 
@@ -63,36 +63,36 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 @dataclass
 class Config:
     # the same in all five scripts
-    data: str = "auto"  # demo, multi30k or multi30k-tok; auto: the first that is there
-    out: str = ""  # folder of the run; default: out/SCRIPT-DATA
-    save: str = ""  # folder for predictions; default: that of the checkpoint
-    ckpt: str = ""  # checkpoint to eval or predict with; default: the newest best.pt in out/SCRIPT-*
+    data: str = "auto"  # demo, multi30k or multi30k-tok; auto: multi30k if it is in data/, else demo
+    out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
+    save: str = ""  # folder for predictions (default: the folder of the checkpoint)
+    ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)
     init: str = ""  # checkpoint whose weights a new run starts from
-    resume: bool = False  # continue the run in --out from its last.pt, if it has one
-    device: str = "auto"  # auto|cpu|cuda|mps to run on
-    dtype: str = "auto"  # auto|float32|bfloat16 for training (autocast); evaluation is always float32
-    compile: str = "auto"  # auto|on|off torch.compile; auto: on for CUDA on Linux
-    seed: int = 0  # of initial weights, order of the data, and noise
+    resume: bool = False  # continue the run in --out from its last.pt, if there is one
+    device: str = "auto"  # auto|cpu|cuda|mps: where to run
+    dtype: str = "auto"  # auto|float32|bfloat16: precision of training (autocast); metrics are always float32
+    compile: str = "auto"  # auto|on|off: torch.compile; auto: on for CUDA under Linux
+    seed: int = 0  # seed of the initial weights, the order of the data, and the noise
     batch_size: int = 2000  # target tokens per step, padding included, over all processes
-    lr: float = 2e-3  # peak learning rate of Adam; Muon has twice that
-    max_steps: int = 0  # end after this many steps; 0: after the whole schedule
-    max_minutes: float = 0.0  # save and stop after this many minutes; 0: never
+    lr: float = 2e-3  # peak learning rate of Adam; that of Muon is twice as high
+    max_steps: int = 0  # end the training after this many steps; 0: after all epochs
+    max_minutes: float = 0.0  # save and stop after this many minutes; 0: no limit
     eval_every: int = 750  # steps between validations
-    save_every: int = 250  # steps between saves of last.pt, which every validation saves, too
+    save_every: int = 250  # steps between saves of last.pt; each validation saves it, too
     log_every: int = 50  # steps between log lines
     # the task
-    train_src: str = ""  # text file to translate from, one sentence a line; the last ones validate and test
-    train_tgt: str = ""  # its translation, line by line
-    size: str = "small"  # tiny|small|base 4 layers of 128, FFN 256; 3 of 256, 512; the paper's 6 of 512, 2048
-    vocab_size: int = 6000  # of the joint byte-pair encoding; less if the text holds less
+    train_src: str = ""  # your own source text, one sentence a line; the last lines validate and test
+    train_tgt: str = ""  # your own translation of it, line by line
+    size: str = "small"  # tiny|small|base: layers x units: 4 x 128, 3 x 256, the paper's 6 x 512
+    vocab_size: int = 6000  # pieces of the joint byte-pair encoding; fewer if the text is small
     max_len: int = 100  # 3 to 1024, tokens of the longest sentence; longer ones are cut, with a warning
-    epochs: int = 22  # length of the training
+    epochs: int = 22  # passes over the training set
     warmup: int = 300  # 0 to 1000000, steps in which the learning rate rises
-    dropout: float = 0.25  # 0 to 0.99, on embeddings and on what each sublayer adds
-    label_smoothing: float = 0.1  # 0 to 1, probability shared out over the vocabulary
-    ema: float = 0.995  # 0 to 1, decay of the weights' moving average, which is what is tested
+    dropout: float = 0.25  # 0 to 0.99, dropout on the embeddings and on the output of each sublayer
+    label_smoothing: float = 0.1  # 0 to 1, label smoothing of the loss
+    ema: float = 0.995  # 0 to 1, decay of the moving average of the weights, which is tested and saved
     beam_size: int = 5  # hypotheses kept in beam search
-    length_penalty: float = 2.0  # 0 to 100, alpha of Wu et al. (2016, eq. 14); more favours longer sentences
+    length_penalty: float = 2.0  # 0 to 100, alpha of Wu et al. (2016, eq. 14); more favours long sentences
 
 
 # d_model, heads, layers, d_ff
@@ -100,9 +100,10 @@ SIZES = {"tiny": (128, 4, 4, 256), "small": (256, 4, 3, 512), "base": (512, 8, 6
 PRESETS = {"demo": {"size": "tiny", "vocab_size": 300, "epochs": 6, "batch_size": 2500, "lr": 3e-3,
                     "warmup": 200, "dropout": 0.1, "eval_every": 200, "ema": 0.99},
            "multi30k-tok": {"epochs": 24, "dropout": 0.3}}
-MODES = {"train": ("", "train and test (default)"), "bench": ("", "time the training step"),
-         "eval": ("", "test a checkpoint, hypotheses as text"),
-         "translate": ("[TEXT...]", "each sentence given, or each line of the standard input")}
+MODES = {"train": ("", "train, then test (default)"),
+         "eval": ("", "test a checkpoint; the translations are written as text"),
+         "translate": ("[TEXT...]", "translate each sentence given, or each line of the standard input"),
+         "bench": ("", "time the training step")}
 UNIT = "tokens"  # what a batch is counted in
 SHAPE = {"size", "vocab_size"}  # what a checkpoint alone decides
 CPU_BF16 = True  # measured: 1.8 times as fast as float32 on a CPU that multiplies bfloat16
@@ -850,21 +851,32 @@ def parse_args(argv):
     def refuse(message):
         raise UserError(f"{message}; see python {SCRIPT}.py --help")
 
+    examples = (__doc__ or "").split("\n\nMeasured")[0]
+    modes = "\n".join(f"  {mode + ' ' + usage:28}{text}" for mode, (usage, text) in MODES.items())
+    presets = "\n".join(" ".join([f"  --data {data}:", *(f"--{k} {v}" for k, v in preset.items())])
+                        for data, preset in PRESETS.items())
     parser = argparse.ArgumentParser(
-        usage=f"{SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+        usage=f"python {SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", allow_abbrev=False,
+        description=f"{examples}\n\nmodes:\n{modes}", epilog=f"defaults that depend on --data:\n{presets}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30, 110),
+        argument_default=argparse.SUPPRESS)
     parser.error = refuse
-    modes = "; ".join(f"{mode} {usage}".strip() + f": {text}" for mode, (usage, text) in MODES.items())
-    parser.add_argument("words", nargs="*", default=[], metavar="MODE", help=modes)
+    parser.add_argument("words", nargs="*", default=[], help=argparse.SUPPRESS)
+    group = parser.add_argument_group("flags of all five scripts [default]")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for name, comment in comments.items():
         default, choices = getattr(Config, name), re.match(r"\w+(\|\w+)+", comment)
-        options = {"type": type(default), "choices": choices[0].split("|") if choices else None}
+        options = {"type": type(default), "choices": choices[0].split("|") if choices else None,
+                   "metavar": type(default).__name__.upper()}
         if default is False:
             options = {"action": "store_true"}
-        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])  # --max_steps and --max-steps
-        parser.add_argument(*names, help=f"{comment} [{default}]".replace("%", "%%"), **options)
-    flags = vars(parser.parse_intermixed_args(argv))
+        text = f"{comment} [{default}]" if str(default) not in ("", "False") else comment
+        group.add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
+        if name == "log_every":  # the last flag that all scripts have
+            group = parser.add_argument_group(f"flags of {SCRIPT}.py [default]")
+    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
+             for word in (sys.argv[1:] if argv is None else argv)]  # --max-steps is --max_steps
+    flags = vars(parser.parse_intermixed_args(words))
     mode, *inputs = flags.pop("words") or ["train"]
     for name, value in flags.items():
         low, high = int(type(value) is int and getattr(Config, name) > 0), 1e12  # of a count at least 1

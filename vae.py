@@ -56,44 +56,46 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     # the same in all five scripts
-    data: str = "auto"  # demo, fashionmnist, mnist or a folder of images; auto: the first that is there
-    out: str = ""  # folder of the run; default: out/SCRIPT-DATA
-    save: str = ""  # folder for predictions; default: that of the checkpoint
-    ckpt: str = ""  # checkpoint to eval or predict with; default: the newest best.pt in out/SCRIPT-*
+    data: str = "auto"  # demo, fashionmnist, mnist or a folder of images; auto: what data/ holds
+    out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
+    save: str = ""  # folder for predictions (default: the folder of the checkpoint)
+    ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)
     init: str = ""  # checkpoint whose weights a new run starts from
-    resume: bool = False  # continue the run in --out from its last.pt, if it has one
-    device: str = "auto"  # auto|cpu|cuda|mps to run on
-    dtype: str = "auto"  # auto|float32|bfloat16 for training (autocast); evaluation is always float32
-    compile: str = "auto"  # auto|on|off torch.compile; auto: on for CUDA on Linux
-    seed: int = 0  # of initial weights, order of the data, and noise
+    resume: bool = False  # continue the run in --out from its last.pt, if there is one
+    device: str = "auto"  # auto|cpu|cuda|mps: where to run
+    dtype: str = "auto"  # auto|float32|bfloat16: precision of training (autocast); metrics are always float32
+    compile: str = "auto"  # auto|on|off: torch.compile; auto: on for CUDA under Linux
+    seed: int = 0  # seed of the initial weights, the order of the data, and the noise
     batch_size: int = 64  # images per step, over all processes
     lr: float = 2e-3  # peak learning rate
-    max_steps: int = 0  # end after this many steps; 0: after the whole schedule
-    max_minutes: float = 0.0  # save and stop after this many minutes; 0: never
+    max_steps: int = 0  # end the training after this many steps; 0: after all epochs
+    max_minutes: float = 0.0  # save and stop after this many minutes; 0: no limit
     eval_every: int = 1000  # steps between validations
-    save_every: int = 1000  # steps between saves of last.pt, which every validation saves, too
+    save_every: int = 1000  # steps between saves of last.pt; each validation saves it, too
     log_every: int = 100  # steps between log lines
     # the task
-    epochs: int = 10  # length of the schedule
-    likelihood: str = "bernoulli"  # bernoulli|gaussian pixels: binarised, or grey with the squared error
+    epochs: int = 10  # passes over the training set
+    likelihood: str = "bernoulli"  # bernoulli|gaussian: binarised pixels, or grey with squared error
     latent_dim: int = 2  # 2 to 10000, dimensions of z
-    width: int = 32  # channels after the first convolution; each further one doubles them
+    width: int = 32  # channels of the first convolution; the next two have twice and four times as many
     hidden: int = 512  # units of the dense layers
     image_size: int = 28  # side in pixels; smaller images are padded, those of a folder resized
-    kl_weight: float = 1.0  # weight of the KL in the objective
-    kl_warmup: float = 0.5  # 0.001 to 1, share of the schedule in which that weight rises from 0
-    iwae_k: int = 5000  # samples per image for the final importance-weighted bound
-    iwae_n: int = 64  # test images that this bound is measured on
-    n: int = 64  # images that `sample` draws
-    from_class: str = ""  # where `interpolate` starts; default: the first class by name
-    to_class: str = ""  # where `interpolate` ends; default: the last class by name
+    kl_weight: float = 1.0  # weight of the KL divergence (beta of a beta-VAE)
+    kl_warmup: float = 0.5  # 0.001 to 1, share of the training in which that weight rises from 0
+    iwae_k: int = 5000  # samples per image for the IWAE bound of the test
+    iwae_n: int = 64  # test images for that bound
+    n: int = 64  # sample: number of images
+    from_class: str = ""  # interpolate: the class to start from (default: the first by name)
+    to_class: str = ""  # interpolate: the class to end at (default: the last by name)
 
 
 PRESETS = {"demo": {"epochs": 8, "iwae_k": 500}}
-MODES = {"train": ("", "train and test (default)"), "bench": ("", "time the training step"),
-         "eval": ("", "test a checkpoint, one CSV line per image"), "sample": ("", "draw from the prior"),
-         "interpolate": ("", "walk from the mean code of one class to that of another"),
-         "encode": ("FOLDER", "codes of the images in it")}
+MODES = {"train": ("", "train, then test (default)"),
+         "eval": ("", "test a checkpoint; test.csv has one line per image"),
+         "sample": ("", "draw images from the prior"),
+         "interpolate": ("", "decode the way from one class's mean code to another's"),
+         "encode": ("FOLDER", "write the codes of a folder of images"),
+         "bench": ("", "time the training step")}
 UNIT = "images"  # what a batch is counted in
 SHAPE = {"likelihood", "latent_dim", "width", "hidden", "image_size"}  # fields that a checkpoint fixes
 CPU_BF16 = True  # measured: 1.4 times as fast as float32 on a CPU that multiplies bfloat16
@@ -516,21 +518,32 @@ def parse_args(argv):
     def refuse(message):
         raise UserError(f"{message}; see python {SCRIPT}.py --help")
 
+    examples = (__doc__ or "").split("\n\nMeasured")[0]
+    modes = "\n".join(f"  {mode + ' ' + usage:28}{text}" for mode, (usage, text) in MODES.items())
+    presets = "\n".join(" ".join([f"  --data {data}:", *(f"--{k} {v}" for k, v in preset.items())])
+                        for data, preset in PRESETS.items())
     parser = argparse.ArgumentParser(
-        usage=f"{SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+        usage=f"python {SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", allow_abbrev=False,
+        description=f"{examples}\n\nmodes:\n{modes}", epilog=f"defaults that depend on --data:\n{presets}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30, 110),
+        argument_default=argparse.SUPPRESS)
     parser.error = refuse
-    modes = "; ".join(f"{mode} {usage}".strip() + f": {text}" for mode, (usage, text) in MODES.items())
-    parser.add_argument("words", nargs="*", default=[], metavar="MODE", help=modes)
+    parser.add_argument("words", nargs="*", default=[], help=argparse.SUPPRESS)
+    group = parser.add_argument_group("flags of all five scripts [default]")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     for name, comment in comments.items():
         default, choices = getattr(Config, name), re.match(r"\w+(\|\w+)+", comment)
-        options = {"type": type(default), "choices": choices[0].split("|") if choices else None}
+        options = {"type": type(default), "choices": choices[0].split("|") if choices else None,
+                   "metavar": type(default).__name__.upper()}
         if default is False:
             options = {"action": "store_true"}
-        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])  # --max_steps and --max-steps
-        parser.add_argument(*names, help=f"{comment} [{default}]".replace("%", "%%"), **options)
-    flags = vars(parser.parse_intermixed_args(argv))
+        text = f"{comment} [{default}]" if str(default) not in ("", "False") else comment
+        group.add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
+        if name == "log_every":  # the last flag that all scripts have
+            group = parser.add_argument_group(f"flags of {SCRIPT}.py [default]")
+    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
+             for word in (sys.argv[1:] if argv is None else argv)]  # --max-steps is --max_steps
+    flags = vars(parser.parse_intermixed_args(words))
     mode, *inputs = flags.pop("words") or ["train"]
     for name, value in flags.items():
         low, high = int(type(value) is int and getattr(Config, name) > 0), 1e12  # of a count at least 1
