@@ -1,117 +1,117 @@
-"""The README's figures stand on logs that are in the repository, and its links and commands on things that exist."""
-import collections
+"""README and docs: their figures are in docs/results.jsonl and in the logs, their links and commands exist."""
 import importlib
 import json
 import re
-import statistics
 
 import pytest
 from conftest import ROOT, SCRIPTS
 
+RESULTS = [json.loads(line) for line in (ROOT / "docs/results.jsonl").read_text(encoding="utf-8").splitlines()]
+RUNS = [r for r in RESULTS if r["kind"] == "run"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| `(\w+)\.py` \|.*\]\((docs/results/[\w.-]+)\) \|$", README, re.M)
-SEEDS = re.findall(r"^\| `(\w+)\.py` \| (\w+) \| ([\d.]+), ([\d.]+), ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|", README, re.M)
-PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.stem in SCRIPTS]
+PAGES = {name: (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in [*SCRIPTS, "speed"]}
+TEXTS = {"README": README, "data/README": (ROOT / "data/README.md").read_text(encoding="utf-8"),
+         **{f"docs/{name}": text for name, text in PAGES.items()}}
+HEADINGS = ["What it learns", "Commands", "Data", "Results", "Options worth knowing", "Your own data", "Known limits"]
 
 
-def records(log):
-    return [json.loads(line) for line in (ROOT / log).read_text(encoding="utf-8").splitlines()]
+def of(kind, script):
+    return [r for r in RESULTS if r["kind"] == kind and r["script"] == script]
 
 
-def holds(log, result):
-    """Whether each figure of a table's cell is one of the log's test figures."""
-    last = records(log)[-1]
-    assert last["split"] == "test"
-    values = [abs(v) for v in last.values() if isinstance(v, (int, float))]
-    numbers = re.findall(r"\d+\.\d+", result)
-    assert numbers
-    for number in numbers:
-        decimals = len(number.split(".")[1])
-        assert any(f"{v:.{decimals}f}" == number for v in values), (number, values)
+def written(value, numbers):
+    """Whether one of the numbers, as they are written, is the value, rounded to as many decimals."""
+    return any(f"{abs(value):.{len(number.partition('.')[2])}f}" == number for number in numbers)
 
 
-@pytest.mark.parametrize("name, log", ROWS)
-def test_figures_of_the_results_table_are_in_their_logs(name, log):
-    row = next(line for line in README.splitlines() if log in line and line.startswith(f"| `{name}.py` |"))
-    holds(log, row.split(" | ")[2])
+def table(text, first):
+    """The rows, lists of cells, of the table whose head begins with the cell `first`."""
+    body = re.search(rf"^\| {re.escape(first)} \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.M)[1]
+    return [[cell.strip().replace("\0", "\\|") for cell in line.replace("\\|", "\0").strip("|").split("|")]
+            for line in body.splitlines()]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_figures_of_a_scripts_page_are_in_their_logs(page):
-    """The rows of its table of results: | what | figures | ... | [log](results/NAME.jsonl) |"""
-    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \|.*\[log\]\(([\w./-]+)\) \|$", page.read_text(encoding="utf-8"), re.M)
-    assert rows and len(page.read_text(encoding="utf-8").splitlines()) <= 80
-    for result, log in rows:
-        holds(f"docs/{log}", result)
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run['script']}: {run['what']}")
+def test_figures_are_in_their_log(run):
+    last = json.loads((ROOT / run["log"]).read_text(encoding="utf-8").splitlines()[-1])
+    assert last["split"] == "test" and run["figures"]
+    for key, value in run["figures"].items():
+        assert round(last[key], len(str(value).partition(".")[2])) == value, key
 
 
-@pytest.mark.parametrize("name, key, a, b, c, mean, spread", SEEDS)
-def test_three_seeds_are_in_their_logs(name, key, a, b, c, mean, spread):
-    values = []
-    for seed, figure in enumerate((a, b, c)):
-        last = records(f"docs/results/{name}-demo-seed{seed}.jsonl")[-1]
-        assert last["split"] == "test"
-        values.append(abs(last[key]))
-        assert f"{values[-1]:.{len(figure.split('.')[1])}f}" == figure
-    for figure, value in ((mean, statistics.fmean(values)), (spread, statistics.stdev(values))):
-        assert f"{value:.{len(figure.split('.')[1])}f}" == figure
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_results_of_a_page(name):
+    """A row shows all figures, the command, the commit and the time of the runs whose logs it links, and no other figure."""
+    rows = table(PAGES[name], "what")
+    for what, figures, time, commit, command, links in rows:
+        runs = [r for r in of("run", name) if r["log"].removeprefix("docs/") in re.findall(r"\]\((.*?)\)", links)]
+        numbers, values = re.findall(r"\d+\.\d+", figures), [v for r in runs for v in r["figures"].values()]
+        assert runs and len(numbers) == len(values) and all(written(v, numbers) for v in values), what
+        minutes = [r["minutes"] for r in runs if r["minutes"]]
+        shown = [float(t) for t in re.findall(r"([\d.]+)(?= to| min)", time)]
+        assert shown == sorted({min(minutes), max(minutes)} if minutes else [])
+        for r in runs:
+            assert r["commit"] == commit and r["hardware"] in time
+            assert r["command"] == command.strip("`").replace("SEED", r["what"][-1])
+    assert sum(row[-1].count("](") for row in rows) == len(of("run", name))
 
 
-def test_every_script_has_its_rows():
-    assert {name for name, _ in ROWS} == {name for name, *_ in SEEDS} == set(SCRIPTS)
+def test_results_of_the_readme():
+    rows = table(README, "script")
+    assert {row[0].split("`")[1] for row in rows} == {f"{name}.py" for name in SCRIPTS}
+    for script, _, result, _, time in rows:
+        runs = of("run", script.split("`")[1].removesuffix(".py"))
+        for number in re.findall(r"\d+\.\d+", result):
+            assert any(written(v, [number]) for r in runs for v in r["figures"].values()), number
+        assert float(time.removesuffix(" min")) in [r["minutes"] for r in runs]
 
 
-def test_ratios_of_the_speed_table_are_in_their_log():
-    log, name, seen = collections.defaultdict(set), "", set()
-    for r in records("docs/results/baselines.jsonl"):
-        log[r["script"]] |= {v for k, v in r.items() if "ratio" in k}
-    for script, ratio in re.findall(r"^\| (?:`(\w+)\.py`)? ?\| [^|]+ \| ([\d.]+) \| [\d.]+ \| .*\|$", README, re.M):
-        name = script or name
-        seen.add(name)
-        assert float(ratio) in log[name], (name, ratio)
-    assert seen == set(SCRIPTS)
+def test_results_of_the_speed_page():
+    ratios = [(peer, float(ratio), command.strip("`")) for _, peer, ratio, command in table(PAGES["speed"], "script")]
+    assert ratios == [(r["peer"], r["ratio"], r["command"]) for r in RESULTS if r["kind"] == "ratio"]
+    rows = table(PAGES["speed"], "command")
+    for (command, *cells), step in zip(rows, [r for r in RESULTS if r["kind"] == "step"], strict=True):
+        two = of("processes", step["script"])[0]["ratio"]
+        assert command.strip("`") == step["command"]
+        assert cells == [f"{step['a second']:,} {step['unit']}", f"{step['ms']} ms", f"{step['data percent']} %",
+                         f"{step['ms compiled']} ms", f"{step['seconds to compile']} s", f"{two:.2f}"]
+    kept = [r for r in RESULTS if r["kind"] == "glibc"]
+    assert re.findall(r"\b1\.\d\d\b", PAGES["speed"].split("## Memory")[1]) == [f"{r['ratio']:.2f}" for r in kept]
 
 
-def test_what_a_step_costs_is_in_its_log():
-    rows = re.findall(r"^\| `(\w+)\.py bench .*` \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|", README, re.M)
-    log = {(r["script"], r["compile"]): f"{r['ms_per_step']:.1f}" for r in records("docs/results/bench.jsonl")}
-    assert {name for name, *_ in rows} == set(SCRIPTS)
-    for name, *figures in rows:
-        assert figures == [log[name, "off"], log[name, "on"]]
-
-
-def test_one_and_two_processes_are_in_their_log():
-    text = (ROOT / "docs/SPEED.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)\.py` \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) s \| (\d+) s \|$", text, re.M)
-    log = {(r["script"], r["processes"]): r for r in records("docs/results/scale.jsonl")}
-    assert {name for name, *_ in rows} == set(SCRIPTS)
-    for name, steps, *figures in rows:
-        one, two = log[name, 1], log[name, 2]
-        assert int(steps) == one["step"] == two["step"]
-        assert figures == [f"{one['loss']:.3f}", f"{two['loss']:.3f}", f"{two['items/s'] / one['items/s']:.2f}",
-                           f"{one['seconds']:.0f}", f"{two['seconds']:.0f}"]
+def test_sizes_and_headings():
+    assert len(README.splitlines()) <= 160
+    for name in SCRIPTS:
+        assert re.findall("^## (.*)", PAGES[name], re.M) == HEADINGS and len(PAGES[name].splitlines()) <= 80, name
+    lines = [(ROOT / f"{name}.py").read_text(encoding="utf-8").count("\n") for name in SCRIPTS]
+    block = re.search("# ---- runtime: .*# ---- end of runtime ----\n", (ROOT / "vae.py").read_text(encoding="utf-8"), re.S)[0]
+    told = re.search(r"has ([\d,]+) to ([\d,]+) lines, of which (\d+)", " ".join(README.split())).groups()
+    assert [int(n.replace(",", "")) for n in told] == [min(lines), max(lines), block.count("\n")]
 
 
 def test_links_lead_somewhere():
-    for page in (ROOT / "README.md", *PAGES):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), target
-    for picture in (ROOT / "docs").glob("*.png"):
-        assert picture.stat().st_size < 300_000 and f"docs/{picture.name}" in README
+    pictures = set()
+    for name, text in TEXTS.items():
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            path = (ROOT / f"{name}.md").parent / target
+            assert path.exists(), (name, target)
+            pictures |= {path.name} if path.suffix == ".png" else set()
+    assert pictures == {picture.name for picture in (ROOT / "docs").glob("*.png")}
+    assert all(picture.stat().st_size < 300_000 for picture in (ROOT / "docs").glob("*.png"))
 
 
 def test_commands_name_flags_and_modes_that_exist():
-    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *PAGES))
-    for name, arguments in re.findall(r"(?:python|--nproc_per_node=8) (\w+)\.py((?: [^#\n`]*)?)", text):
+    found = re.findall(r"(?:python|--nproc_per_node=\d) (\w+)\.py((?: [^#\n`|<]*)?)", "\n".join(TEXTS.values()))
+    assert {name for name, _ in found} >= set(SCRIPTS)
+    for name, arguments in found:
         if name in SCRIPTS:
-            module = importlib.import_module(name)
+            module, words = importlib.import_module(name), arguments.split()
             for flag in re.findall(r"--(\w+)", arguments):
                 assert flag in module.Config.__dataclass_fields__, (name, flag)
-            words = arguments.split()
             assert not words or words[0].startswith("-") or words[0] in module.MODES, (name, words)
 
 
 def test_nothing_is_left_to_fill_in():
     for path in [ROOT / "README.md", *(ROOT / f"{name}.py" for name in SCRIPTS), *(ROOT / "docs").glob("*.md")]:
-        text = path.read_text(encoding="utf-8")
-        assert not re.search(r"[A-Z]+_GO_HERE|\b[A-Z]+[0-9]*_(ROWS|TEXT|SPEED|ELBO|IWAE|GAP|KNN|RESULT|TIME)\b|TODO", text), path
+        assert not re.search(r"[A-Z]+_GO_HERE|\b[A-Z]+[0-9]*_(ROWS|TEXT|SPEED|ELBO|IWAE|GAP|KNN|RESULT|TIME)\b|TODO"
+                             r"|\b(ROWS|RATIOS|STEPS|GLIBC|MEMORY)\b", path.read_text(encoding="utf-8")), path
