@@ -65,8 +65,12 @@ def test_help_describes_every_field(name, call):
     flat = " ".join(out.split())
     for field, text in comments.items():
         assert f"--{field}" in flat and " ".join(text.split()) in flat, field
-    for mode in module.MODES:
-        assert mode in flat
+    for mode, (usage, text) in module.MODES.items():
+        assert re.search(rf"^  {re.escape(f'{mode} {usage}'.strip())} +{re.escape(text)}$", out, re.M), mode
+    examples, common, own = out.partition("modes:")[0], out.index("flags of all five scripts"), out.index(f"flags of {name}.py")
+    assert out.startswith("usage: ") and examples.count(f"    python {name}.py ") >= 2
+    assert common < out.index("--log_every") < own < out.index("--epochs") and f"[{fields['lr'].default}]" in flat
+    assert f"--data demo: --{next(iter(module.PRESETS['demo']))} " in flat
 
 
 ALONE = """
