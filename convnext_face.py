@@ -62,7 +62,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 @dataclass
 class Config:
     # the same in all five scripts
-    data: str = "auto"  # demo, hw2p2, hw2p2-full, or a folder of people; auto: hw2p2 if in data/
+    data: str = "auto"  # demo, hw2p2, hw2p2-full or a folder of people; auto: one in data/, or demo
     out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
     save: str = ""  # folder for predictions (default: the folder of the checkpoint)
     ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)

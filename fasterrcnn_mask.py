@@ -60,7 +60,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_convert, nms
 @dataclass
 class Config:
     # the same in all five scripts
-    data: str = "auto"  # demo, face-mask-detection, or a VOC folder; auto: what data/ holds, else demo
+    data: str = "auto"  # demo, face-mask-detection or a VOC folder; auto: one in data/, or demo
     out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
     save: str = ""  # folder for predictions (default: the folder of the checkpoint)
     ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)

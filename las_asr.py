@@ -55,7 +55,7 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     # the same in all five scripts
-    data: str = "auto"  # demo, librispeech, speech, hw4p2, a folder or a TSV; auto: what data/ holds
+    data: str = "auto"  # demo, librispeech, speech, hw4p2, folder or TSV; auto: one in data/, or demo
     out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
     save: str = ""  # folder for predictions (default: the folder of the checkpoint)
     ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)
