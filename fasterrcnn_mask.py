@@ -333,6 +333,8 @@ def voc_scenes(folder, side):
     kinds = Image.registered_extensions()
     files = [p for p in find_files(folder) if p.suffix.lower() in kinds]
     images, annotations = {p.stem: p for p in files}, find_files(folder, "**/*.xml")
+    if not annotations:
+        raise UserError(f"{folder}: no annotations NAME.xml in it; data/README.md shows the layout")
     stems = {p.stem for p in annotations}
     for paths in annotations, [p for p in files if p.stem in stems]:
         if twice := [stem for stem, n in Counter(p.stem for p in paths).items() if n > 1]:
@@ -364,8 +366,8 @@ def voc_scenes(folder, side):
         if names:
             say(f"note: {len(names)} {what}: {'; '.join(names[:5])}")
     if len(items) < max(1, 19 * len(bad)):  # none, or more than 5 % of them bad
-        raise UserError(f"{folder}: {len(items)} of {len(annotations)} annotations NAME.xml have, like their "
-                        f"image NAME.*, been readable; 95 % must be, and some ({'; '.join(bad[:2])})")
+        raise UserError(f"{folder}: {len(bad)} of {len(annotations)} annotations, or their images, are "
+                        f"unreadable (limit: 5 %): {'; '.join(bad[:2])}")
     return items
 
 
@@ -762,7 +764,7 @@ def predict(mode, inputs, flags):
         say(show(score(model, data, cfg.threshold or ckpt["threshold"], folder, device), digits=6))
     else:
         detect(model, cfg, ckpt, inputs, folder, device)
-    say(f"written: {folder}/{'*.json and *.png' if mode == 'eval' else '*.png'}")
+    say(f"written: {folder}/*.png{' and *.json' if mode == 'eval' or cfg.json else ''}")
 
 
 # ---- runtime: identical in all five scripts ----
@@ -787,6 +789,9 @@ def one_line_errors():
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # outside the training loop, where a signal waits for a save
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -921,8 +926,9 @@ def merge_config(ckpt, flags, path, fixed):
 def open_checkpoint(flags):
     """(cfg, ckpt, device, output folder) for the modes that use a trained model."""
     found = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=os.path.getmtime)
-    newest = found[-1] if found else f"out/{SCRIPT}-demo/best.pt"
-    path = Path(flags.get("ckpt", newest))
+    if not found and "ckpt" not in flags:
+        raise UserError(f"no best.pt in out/{SCRIPT}-*; train first, or pass --ckpt FILE")
+    path = Path(flags.get("ckpt") or found[-1])
     ckpt = load_checkpoint(path)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: this is a training state (last.pt); pass the best.pt beside it")
@@ -954,15 +960,17 @@ class Run:
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
         self.seconds = self.ckpt.get("seconds", 0.0)  # that earlier processes took
         self.stop_requested = self.stop = False  # of this process; agreed on by all
-        if training and RANK == 0:
+        if training:
             say(f"run: {self.folder}, from step {self.step:,}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "log.jsonl").open("ab") as log:  # goes on where the checkpoint was saved
-                log.truncate(min(log.tell(), self.ckpt.get("log_bytes", 0)))
 
     def start(self, total):
-        """Call before the loop over `total` steps: starts the clock, and makes signals wait for a save."""
+        """Call before the loop over `total` steps: opens the log, starts the clock, makes signals wait for a
+        save."""
         self.total, self.saved, self.last_log = total, self.step, (time.perf_counter(), self.step)
+        if RANK == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / "log.jsonl").open("ab") as log:  # continues where the checkpoint was saved
+                log.truncate(min(log.tell(), self.ckpt.get("log_bytes", 0)))
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.request_stop)
             signal.signal(signal.SIGTERM, self.request_stop)
@@ -1122,6 +1130,7 @@ def main(argv=None):
         text, path = json.dumps(names, indent=1), run.folder / "split.json"
         if ckpt and path.exists() and path.read_text(encoding="utf-8") != text:
             raise UserError(f"{path}: the images of --data {cfg.data} are others now; start anew")
+        run.folder.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".part").write_text(text, encoding="utf-8")
         os.replace(path.with_suffix(".part"), path)
 

@@ -820,6 +820,9 @@ def one_line_errors():
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # outside the training loop, where a signal waits for a save
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -954,8 +957,9 @@ def merge_config(ckpt, flags, path, fixed):
 def open_checkpoint(flags):
     """(cfg, ckpt, device, output folder) for the modes that use a trained model."""
     found = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=os.path.getmtime)
-    newest = found[-1] if found else f"out/{SCRIPT}-demo/best.pt"
-    path = Path(flags.get("ckpt", newest))
+    if not found and "ckpt" not in flags:
+        raise UserError(f"no best.pt in out/{SCRIPT}-*; train first, or pass --ckpt FILE")
+    path = Path(flags.get("ckpt") or found[-1])
     ckpt = load_checkpoint(path)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: this is a training state (last.pt); pass the best.pt beside it")
@@ -987,15 +991,17 @@ class Run:
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
         self.seconds = self.ckpt.get("seconds", 0.0)  # that earlier processes took
         self.stop_requested = self.stop = False  # of this process; agreed on by all
-        if training and RANK == 0:
+        if training:
             say(f"run: {self.folder}, from step {self.step:,}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "log.jsonl").open("ab") as log:  # goes on where the checkpoint was saved
-                log.truncate(min(log.tell(), self.ckpt.get("log_bytes", 0)))
 
     def start(self, total):
-        """Call before the loop over `total` steps: starts the clock, and makes signals wait for a save."""
+        """Call before the loop over `total` steps: opens the log, starts the clock, makes signals wait for a
+        save."""
         self.total, self.saved, self.last_log = total, self.step, (time.perf_counter(), self.step)
+        if RANK == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / "log.jsonl").open("ab") as log:  # continues where the checkpoint was saved
+                log.truncate(min(log.tell(), self.ckpt.get("log_bytes", 0)))
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.request_stop)
             signal.signal(signal.SIGTERM, self.request_stop)
@@ -1126,7 +1132,9 @@ def bench(run, fetch, update, count):
 @one_line_errors()
 def main(argv=None):
     mode, inputs, flags = parse_args(argv)
-    if flags.get("train_src") or flags.get("train_tgt"):  # the user's two files are a data set of their own
+    if bool(flags.get("train_src")) != bool(flags.get("train_tgt")):
+        raise UserError("--train_src and --train_tgt go together: a text and its translation")
+    if flags.get("train_src"):  # the user's two files are a data set of their own
         if flags.setdefault("data", "own") != "own":
             raise UserError(f"--data {flags['data']}: --train_src and --train_tgt are another data set")
     if mode not in ("train", "bench"):

@@ -235,7 +235,7 @@ def read_images(folder, size):
     if bad:
         say(f"note: {len(bad)} of {count} images are unreadable, skipped: {', '.join(bad[:5])}")
     if not images or len(bad) > 0.05 * count:
-        raise UserError(f"{folder}: {len(images)} of {count} images are readable (limit: 95 %)")
+        raise UserError(f"{folder}: {len(images)} readable images, {len(bad)} unreadable (limit: 5 %)")
     return torch.from_numpy(np.stack(list(images.values()))), list(images)
 
 
@@ -487,6 +487,9 @@ def one_line_errors():
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # outside the training loop, where a signal waits for a save
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -621,8 +624,9 @@ def merge_config(ckpt, flags, path, fixed):
 def open_checkpoint(flags):
     """(cfg, ckpt, device, output folder) for the modes that use a trained model."""
     found = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=os.path.getmtime)
-    newest = found[-1] if found else f"out/{SCRIPT}-demo/best.pt"
-    path = Path(flags.get("ckpt", newest))
+    if not found and "ckpt" not in flags:
+        raise UserError(f"no best.pt in out/{SCRIPT}-*; train first, or pass --ckpt FILE")
+    path = Path(flags.get("ckpt") or found[-1])
     ckpt = load_checkpoint(path)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: this is a training state (last.pt); pass the best.pt beside it")
@@ -654,15 +658,17 @@ class Run:
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
         self.seconds = self.ckpt.get("seconds", 0.0)  # that earlier processes took
         self.stop_requested = self.stop = False  # of this process; agreed on by all
-        if training and RANK == 0:
+        if training:
             say(f"run: {self.folder}, from step {self.step:,}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "log.jsonl").open("ab") as log:  # goes on where the checkpoint was saved
-                log.truncate(min(log.tell(), self.ckpt.get("log_bytes", 0)))
 
     def start(self, total):
-        """Call before the loop over `total` steps: starts the clock, and makes signals wait for a save."""
+        """Call before the loop over `total` steps: opens the log, starts the clock, makes signals wait for a
+        save."""
         self.total, self.saved, self.last_log = total, self.step, (time.perf_counter(), self.step)
+        if RANK == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / "log.jsonl").open("ab") as log:  # continues where the checkpoint was saved
+                log.truncate(min(log.tell(), self.ckpt.get("log_bytes", 0)))
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.request_stop)
             signal.signal(signal.SIGTERM, self.request_stop)

@@ -255,7 +255,7 @@ def test_bad_files(files, refuses, monkeypatch):
     for name in "cd":
         (files / name).write_text("Ja .\n" * 5)
     refuses("transformer_mt", f"{SMALL} --train_src c --train_tgt d", "too few")
-    refuses("transformer_mt", f"{SMALL} --train_src a", "missing")
+    refuses("transformer_mt", f"{SMALL} --train_src a", "--train_tgt")
     refuses("transformer_mt", f"{SMALL} --data nowhere", "nowhere", "--train_src")
     refuses("transformer_mt", own + "b --beam_size 0", "--beam_size")
     refuses("transformer_mt", own + "b --max_len 2", "--max_len")

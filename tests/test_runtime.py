@@ -142,6 +142,7 @@ def test_bad_input_is_one_line(name, tmp_path, refuses, call):
     refuses(name, "dance", "dance", "train")
     refuses(name, "bench extra", "extra")
     refuses(name, "--data no/such/place", "no/such/place")
+    assert not (tmp_path / "out").exists()
     refuses(name, "eval", "best.pt", "train first")
     refuses(name, "eval --ckpt file", "file", "not a readable checkpoint")
     refuses(name, "eval --ckpt other.pt", "other.pt", "other.py")
