@@ -431,11 +431,11 @@ def read_faces(paths, size, cache="", lfw=False):
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(read, range(len(paths))))
+    first = ", ".join(sorted(bad)[:5])
     if bad:
-        say(f"note: {len(bad)} of {len(paths)} images are unreadable, skipped: {', '.join(sorted(bad)[:5])}")
+        say(f"note: {len(bad)} of {len(paths)} images are unreadable, skipped: {first}")
     if len(good) < max(1, 19 * len(bad)):  # none, or more than 5 % of them bad
-        raise UserError(f"{len(bad)} of {len(paths)} images are missing or unreadable (limit: 5 %): "
-                        f"{', '.join(sorted(bad)[:5])}")
+        raise UserError(f"{len(bad)} of {len(paths)} images are missing or unreadable (limit: 5 %): {first}")
     result = images[sorted(good)] if bad else images, sorted(good)
     if cache and RANK == 0:
         part = kept.with_suffix(f".{os.getpid()}.part")
@@ -1066,10 +1066,10 @@ def merge_config(ckpt, flags, path, fixed):
 
 def open_checkpoint(flags):
     """(cfg, ckpt, device, output folder) for the modes that use a trained model."""
-    found = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=os.path.getmtime)
-    if not found and "ckpt" not in flags:
+    newest = max(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=os.path.getmtime, default="")
+    if not (flags.get("ckpt") or newest):
         raise UserError(f"no best.pt in out/{SCRIPT}-*; train first, or pass --ckpt FILE")
-    path = Path(flags.get("ckpt") or found[-1])
+    path = Path(flags.get("ckpt") or newest)
     ckpt = load_checkpoint(path)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: this is a training state (last.pt); pass the best.pt beside it")

@@ -925,10 +925,10 @@ def merge_config(ckpt, flags, path, fixed):
 
 def open_checkpoint(flags):
     """(cfg, ckpt, device, output folder) for the modes that use a trained model."""
-    found = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=os.path.getmtime)
-    if not found and "ckpt" not in flags:
+    newest = max(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=os.path.getmtime, default="")
+    if not (flags.get("ckpt") or newest):
         raise UserError(f"no best.pt in out/{SCRIPT}-*; train first, or pass --ckpt FILE")
-    path = Path(flags.get("ckpt") or found[-1])
+    path = Path(flags.get("ckpt") or newest)
     ckpt = load_checkpoint(path)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: this is a training state (last.pt); pass the best.pt beside it")

@@ -518,6 +518,8 @@ def read_features(item, speed=1.0):
     ValueError if there is nothing to hear: fewer than 8 frames, silence, values that are not finite."""
     import soundfile
     import torchaudio
+    if isinstance(item, Path) and not item.is_file():
+        raise ValueError("no such file")
     if isinstance(item, Path) and item.suffix == ".npy":
         x = torch.from_numpy(np.load(item)).float()
         if x.dim() != 2:
@@ -873,8 +875,6 @@ def predict(mode, inputs, flags):
     bad, lines = [], []
     for name in inputs:
         try:
-            if not Path(name).is_file():
-                raise ValueError("no such file")
             x = read_features(Path(name))
             if x.shape[1] != ckpt["n_features"]:
                 raise ValueError(f"{x.shape[1]} features a frame, where the model takes {ckpt['n_features']}")
@@ -1053,10 +1053,10 @@ def merge_config(ckpt, flags, path, fixed):
 
 def open_checkpoint(flags):
     """(cfg, ckpt, device, output folder) for the modes that use a trained model."""
-    found = sorted(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=os.path.getmtime)
-    if not found and "ckpt" not in flags:
+    newest = max(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=os.path.getmtime, default="")
+    if not (flags.get("ckpt") or newest):
         raise UserError(f"no best.pt in out/{SCRIPT}-*; train first, or pass --ckpt FILE")
-    path = Path(flags.get("ckpt") or found[-1])
+    path = Path(flags.get("ckpt") or newest)
     ckpt = load_checkpoint(path)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: this is a training state (last.pt); pass the best.pt beside it")

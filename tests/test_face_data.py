@@ -143,7 +143,7 @@ def test_unreadable_images(people, call, refuses):
     assert status == 0 and "unreadable, skipped" in out and "broken.jpg" in out
     for i in range(5):
         (people / f"p2/bad{i}.png").write_bytes(b"")
-    refuses(NAME, f"--data people --out new {SMALL}", "bad0.png", "5 %")
+    refuses(NAME, f"--data people --out new {SMALL}", "bad0.png", "limit: 5 %")
 
 
 def test_bad_folders(tmp_path, refuses):

@@ -146,7 +146,7 @@ def test_bad_lines_of_a_set(call, refuses, tmp_path):
     for i, (line, word) in enumerate((("gone.wav\tWORD", "gone.wav"), ("1.wav\tROUTE 66", "'6'"), ("2.wav\t", "empty"))):
         status, out, _ = call("las_asr", train(line, out=f"run{i}"))
         assert status == 0 and "1 of " in out and word in out  # skipped, counted, named
-    refuses("las_asr", train(*["gone.wav\tWORD"] * 5, out="b"), "unreadable", "gone.wav")
+    refuses("las_asr", train(*["gone.wav\tWORD"] * 5, out="b"), "unreadable", "gone.wav", "no such file")
     tsv.write_text("\ufeff" + "\r\n".join(["0.wav\tFOO\u2028BAR", *lines]), newline="")  # as a spreadsheet writes it
     assert las.read_tsv(tsv)[:2] == [(tmp_path / "0.wav", "FOO\u2028BAR"), (tmp_path / "0.wav", "WORD")]
     tsv.write_text("")

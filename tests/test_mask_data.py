@@ -91,7 +91,7 @@ def test_odd_items_of_a_folder(folder, call, refuses):
     for i in (10, 11):
         path = folder / f"images/{i}.png"
         path.write_bytes(path.read_bytes()[:300])  # truncated
-    refuses("fasterrcnn_mask", f"--data {folder} --out new {SMALL}", "3 of 25", "5 %")
+    refuses("fasterrcnn_mask", f"--data {folder} --out new {SMALL}", "3 of 25", "limit: 5 %")
 
 
 def test_boxes_follow_the_frame_of_the_annotation(folder):

@@ -144,6 +144,7 @@ def test_bad_input_is_one_line(name, tmp_path, refuses, call):
     refuses(name, "--data no/such/place", "no/such/place")
     assert not (tmp_path / "out").exists()
     refuses(name, "eval", "best.pt", "train first")
+    refuses(name, ["eval", "--ckpt", ""], "best.pt", "train first")
     refuses(name, "eval --ckpt file", "file", "not a readable checkpoint")
     refuses(name, "eval --ckpt other.pt", "other.pt", "other.py")
     refuses(name, f"{small} --init other.pt", "other.pt")

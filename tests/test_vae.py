@@ -249,7 +249,7 @@ def test_unreadable_images(pictures, call, refuses):
     assert status == 0 and "1 of 32 images are unreadable, skipped" in out and "zz.png" in out
     for i in range(5):
         (pictures / f"b/bad{i}.png").write_bytes(b"")
-    refuses("vae", f"--data pictures --out new {TINY}", "31 readable images, 6 unreadable", "5 %")
+    refuses("vae", f"--data pictures --out new {TINY}", "31 readable images, 6 unreadable", "limit: 5 %")
 
 
 def test_bad_input(tmp_path, refuses, call):
