@@ -22,8 +22,8 @@ The literature's Transformer-Tiny has 41.02 BLEU in the tokenised form (Wu et al
 Paper: Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762. BLEU: Papineni et al., 2002, as in
 Post, "A Call for Clarity in Reporting BLEU Scores", 2018; chrF: Popovic, 2015. Data: Elliott et al.,
 "Multi30K", 2016, arXiv 1605.00459. Small models for it: Wu et al., "Good for Misconceived Reasons", 2021,
-arXiv 2105.14462. Muon: Jordan et al., 2024; Liu et al., "Muon is Scalable for LLM Training", 2025, arXiv
-2502.16982, whose scale of the update it has here.
+arXiv 2105.14462. R-drop: Liang et al., 2021, arXiv 2106.14448. Muon: Jordan et al., 2024; Liu et al., "Muon
+is Scalable for LLM Training", 2025, arXiv 2502.16982, whose scale of the update it has here.
 """
 # /// script
 # requires-python = ">=3.10"
@@ -31,10 +31,9 @@ arXiv 2105.14462. Muon: Jordan et al., 2024; Liu et al., "Muon is Scalable for L
 # ///
 import argparse
 import contextlib
-import functools
+import copy
 import gzip
 import hashlib
-import http.client
 import inspect
 import io
 import json
@@ -46,7 +45,6 @@ import statistics
 import sys
 import threading
 import time
-import urllib.request
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -57,7 +55,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 @dataclass
@@ -90,6 +87,7 @@ class Config:
     warmup: int = 300  # 0 to 1000000, steps in which the learning rate rises
     dropout: float = 0.25  # 0 to 0.99, dropout on the embeddings and on the output of each sublayer
     label_smoothing: float = 0.1  # 0 to 1, label smoothing of the loss
+    rdrop: float = 0.0  # 0 to 100, alpha of R-drop; 5 translates better and doubles a step's time
     ema: float = 0.995  # 0 to 1, decay of the moving average of the weights, which is tested and saved
     beam_size: int = 5  # hypotheses kept in beam search
     length_penalty: float = 2.0  # 0 to 100, alpha of Wu et al. (2016, eq. 14); more favours long sentences
@@ -111,103 +109,74 @@ PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
 
 # MODEL ------------------------------------------------------------------------------------------------------
-def attention_weights(q, k, mask=None):
-    """softmax(q k^T / sqrt(d_k)), which the fused kernel keeps to itself: (..., T, d_k), (..., S, d_k) and
-    True where may be looked at -> (..., T, S) (equation 1)."""
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU eight elements share the bytes of one 64-bit random number, which takes 8 % off a
-    training step, and so p counts in 256ths."""
-
-    def forward(self, x):
-        level = round(256 * self.p)
-        if not self.training or not level or x.device.type != "cpu":
-            return super().forward(x)
-        noise = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.uint8)
-        keep = noise[: x.numel()].view(x.shape) >= level
-        return x * keep.to(x.dtype).mul_(256 / (256 - level))
-
-
 class Attention(nn.Module):
-    """Multi-head attention (section 3.2.2), without biases as there. One matrix holds the projections to
-    queries, keys and values, so self-attention multiplies once; the layout is nn.MultiheadAttention's."""
+    """Multi-head attention (section 3.2.2), without biases as there."""
 
     def __init__(self, d_model, n_heads):
         super().__init__()
         self.n_heads = n_heads
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.query = nn.Linear(d_model, d_model, bias=False)
+        self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
-        nn.init.xavier_uniform_(self.qkv.weight)
 
-    def project(self, x, memory=None):
-        """(B, T, D), and (B, S, D) unless it attends to itself -> q (B, H, T, D/H), k, v (B, H, S, D/H)."""
-        if memory is None:
-            parts = self.qkv(x).chunk(3, -1)
-        else:
-            parts = F.linear(x, self.part("q")), *F.linear(memory, self.part("kv")).chunk(2, -1)
-        return [p.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for p in parts]
+    def split(self, x):
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, D/H)
 
-    def part(self, which):
-        d = self.out.in_features
-        return self.qkv.weight[:d] if which == "q" else self.qkv.weight[d:]
+    def keys_and_values(self, x):
+        """(B, S, D) -> (2, B, H, S, D/H)."""
+        return torch.stack([self.split(part) for part in self.key_value(x).chunk(2, -1)])
 
-    def join(self, heads):
-        return self.out(heads.transpose(1, 2).flatten(2))  # (B, H, T, D/H) -> (B, T, D)
+    def weights(self, x, keys, mask):
+        """softmax(Q K^T / sqrt(d_k)) of equation 1: (B, T, D), (B, H, S, D/H) -> (B, H, T, S). `mask` is True
+        where a query may look."""
+        queries = self.split(self.query(x))
+        scores = queries @ keys.mT / math.sqrt(queries.shape[-1])
+        return scores.masked_fill(~mask, -math.inf).softmax(-1)
 
-    def forward(self, x, memory=None, mask=None, causal=False):
-        """(B, T, D), keys and values from `memory` (B, S, D) or x itself -> (B, T, D)."""
-        q, k, v = self.project(x, memory)
-        if x.device.type != "cpu":
-            return self.join(F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal))
-        if causal:  # two products: bfloat16's fused kernel makes a training step 1.6 times as long on a CPU
-            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-        return self.join(attention_weights(q, k, mask) @ v)
-
-    def weights(self, x, memory=None, mask=None):
-        q, k, _ = self.project(x, memory)
-        return attention_weights(q, k, mask)
+    def forward(self, x, keys_and_values, mask):
+        """Queries from x (B, T, D) -> (B, T, D)."""
+        keys, values = keys_and_values
+        heads = self.weights(x, keys, mask) @ values  # (B, H, T, D/H)
+        return self.out(heads.transpose(1, 2).flatten(2))
 
 
-class Layer(nn.Module):
-    """An encoder layer, or with `decoder` one of the decoder, which also attends to the encoder's output.
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward network (section 3.1), each as x + dropout(f(norm(x))).
 
-    Normalised before each sublayer, not after as in the paper: x + f(norm(x)) trains with this learning
-    rate, where the paper's form needs a lower one and a longer warm-up.
+    The paper has norm(x + dropout(f(x))), which needs a lower learning rate and a longer warm-up.
     """
 
-    def __init__(self, d_model, n_heads, d_ff, dropout, decoder):
+    def __init__(self, d_model, n_heads, d_ff, dropout):
         super().__init__()
-        self.attend, self.norm = Attention(d_model, n_heads), nn.LayerNorm(d_model)
-        self.cross = Attention(d_model, n_heads) if decoder else None
-        self.cross_norm = nn.LayerNorm(d_model) if decoder else None
-        self.ff = nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, d_ff), nn.ReLU(),
-                                nn.Linear(d_ff, d_model))
-        self.dropout = Dropout(dropout)
+        self.attention, self.norm1 = Attention(d_model, n_heads), nn.LayerNorm(d_model)
+        self.feed_forward = nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
+        self.norm2, self.dropout = nn.LayerNorm(d_model), nn.Dropout(dropout)
 
-    def forward(self, x, mask=None, memory=None):
-        """(B, T, D) -> (B, T, D). `mask` (B, 1, 1, S) is True at real source tokens. With `memory` (B, S, D),
-        each position sees itself and those before it, and all of the memory that the mask allows."""
-        own = {"mask": mask} if memory is None else {"causal": True}
-        x = x + self.dropout(self.attend(self.norm(x), **own))
-        if memory is not None:
-            x = x + self.dropout(self.cross(self.cross_norm(x), memory, mask))
-        return x + self.dropout(self.ff(x))
+    def forward(self, x, mask):
+        """(B, S, D), mask (B, 1, 1, S) -> (B, S, D)."""
+        y = self.norm1(x)
+        x = x + self.dropout(self.attention(y, self.attention.keys_and_values(y), mask))
+        return x + self.dropout(self.feed_forward(self.norm2(x)))
 
-    def step(self, x, t, past, memory, mask):
-        """One more position of the decoder, number t: (N, 1, D) -> (N, 1, D). `past` holds the keys and
-        values of the positions before, (2, N, H, L, D/H), and is written to; `memory`, (2, B, H, S, D/H),
-        those of the source. N may be a multiple of B: a sentence's beams then are queries to one memory."""
-        q, *new = self.attend.project(self.norm(x))
-        past[:, :, :, t : t + 1] = torch.stack(new)
-        x = x + self.attend.join(F.scaled_dot_product_attention(q, *past[:, :, :, : t + 1]))
-        q = F.linear(self.cross_norm(x), self.cross.part("q"))  # (N, 1, D)
-        q = q.view(len(mask), -1, self.cross.n_heads, q.shape[-1] // self.cross.n_heads).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, *memory, mask)  # (B, H, N/B, D/H)
-        x = x + self.cross.out(y.transpose(1, 2).reshape(x.shape))
-        return x + self.ff(x)
+
+class DecoderLayer(EncoderLayer):
+    """The same with attention to the source in between."""
+
+    def __init__(self, d_model, n_heads, d_ff, dropout):
+        super().__init__(d_model, n_heads, d_ff, dropout)
+        self.cross, self.norm3 = Attention(d_model, n_heads), nn.LayerNorm(d_model)
+
+    def forward(self, x, memory, mask, past=None):
+        """The next tokens x (B, T, D) -> (B, T, D), and the keys and values of all tokens so far. `memory` are
+        the keys and values of the source, `mask` (B, 1, 1, S); `past` those of the tokens before x."""
+        y = self.norm1(x)
+        past = self.attention.keys_and_values(y) if past is None else torch.cat(
+            [past, self.attention.keys_and_values(y)], 3)
+        new, seen = x.shape[1], past.shape[3]
+        causal = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
+        x = x + self.dropout(self.attention(y, past, causal))
+        x = x + self.dropout(self.cross(self.norm3(x), memory, mask))
+        return x + self.dropout(self.feed_forward(self.norm2(x))), past
 
 
 class Transformer(nn.Module):
@@ -218,13 +187,14 @@ class Transformer(nn.Module):
 
     def __init__(self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=256, dropout=0.3, pad_id=PAD):
         super().__init__()
-        self.pad_id, self.d_model, self.n_heads = pad_id, d_model, n_heads
+        self.pad_id, self.d_model = pad_id, d_model
         self.embedding = nn.Embedding(vocab_size, d_model)
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
-        self.encoder, self.decoder = (nn.ModuleList(Layer(d_model, n_heads, d_ff, dropout, decoder)
-                                                    for _ in range(n_layers)) for decoder in (False, True))
+        shape = d_model, n_heads, d_ff, dropout
+        self.encoder = nn.ModuleList(EncoderLayer(*shape) for _ in range(n_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(*shape) for _ in range(n_layers))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.register_buffer("positions", sinusoids(1024, d_model), persistent=False)
 
     def embed(self, tokens, start=0):
@@ -233,37 +203,30 @@ class Transformer(nn.Module):
         return self.dropout(self.embedding(tokens) * math.sqrt(self.d_model) + places)
 
     def encode(self, src):
-        """(B, S) ids -> memory (B, S, D), mask (B, 1, 1, S) that is True at real tokens."""
+        """(B, S) ids -> the source's keys and values for each decoder layer, and the mask (B, 1, 1, S) that is
+        True at real tokens."""
         mask = (src != self.pad_id)[:, None, None]
         x = self.embed(src)
         for layer in self.encoder:
             x = layer(x, mask)
-        return self.encoder_norm(x), mask
+        x = self.encoder_norm(x)
+        return [layer.cross.keys_and_values(x) for layer in self.decoder], mask
+
+    def decode(self, tgt, memory, mask, past=None):
+        """The next target tokens (B, T) -> logits (B, T, V) of the tokens after each of them, and what the
+        next call takes as `past`: the keys and values so far, one tensor for each layer."""
+        past = past or [None] * len(self.decoder)
+        x = self.embed(tgt, 0 if past[0] is None else past[0].shape[3])
+        seen = []
+        for layer, source, before in zip(self.decoder, memory, past):
+            x, keys_and_values = layer(x, source, mask, before)
+            seen.append(keys_and_values)
+        return F.linear(self.decoder_norm(x), self.embedding.weight), seen
 
     def forward(self, src, tgt_in):
         """(B, S) ids, (B, T) ids that begin with BOS -> logits (B, T, V) of each next token."""
         memory, mask = self.encode(src)
-        x = self.embed(tgt_in)
-        for layer in self.decoder:
-            x = layer(x, mask, memory)
-        return F.linear(self.decoder_norm(x), self.embedding.weight)
-
-    def start(self, src, beams, length):
-        """What `step` keeps between positions, for `beams` hypotheses a sentence of up to `length` tokens."""
-        memory, mask = self.encode(src)
-        size = 2, len(src) * beams, self.n_heads, length, self.d_model // self.n_heads
-        return {"mask": mask, "past": [memory.new_empty(size) for _ in self.decoder],
-                "memory": [torch.stack(layer.cross.project(memory, memory)[1:]) for layer in self.decoder]}
-
-    def step(self, tokens, t, state):
-        """The ids (N,) at position t -> log-probabilities (N, V) of the token after them. What only training
-        meets, PAD, BOS and UNK, has none."""
-        x = self.embed(tokens[:, None], t)
-        for layer, past, memory in zip(self.decoder, state["past"], state["memory"]):
-            x = layer.step(x, t, past, memory, state["mask"])
-        logits = F.linear(self.decoder_norm(x[:, 0]), self.embedding.weight).float()
-        logits[:, [PAD, BOS, UNK]] = -math.inf
-        return logits.log_softmax(-1)
+        return self.decode(tgt_in, memory, mask)[0]
 
 
 def sinusoids(length, d_model):
@@ -272,54 +235,56 @@ def sinusoids(length, d_model):
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
 
-@torch.no_grad()
 def greedy_decode(model, src, max_len=100):
     """The likeliest token each time: ids (B, S) -> B lists of fewer than max_len ids, without BOS and EOS."""
-    state, tokens, out = model.start(src, 1, max_len), torch.full_like(src[:, 0], BOS), []
-    ended = tokens == EOS
-    for t in range(max_len - 1):
-        tokens = model.step(tokens, t, state).argmax(-1).masked_fill(ended, PAD)
-        ended |= tokens == EOS
-        out.append(tokens)
-        if ended.all():
-            break
-    return [[i for i in row if i not in (PAD, EOS)] for row in torch.stack(out, 1).tolist()]
+    return beam_search(model, src, 1, 0.0, max_len)
 
 
 @torch.no_grad()
 def beam_search(model, src, beam_size=5, length_penalty=1.0, max_len=100):
     """The best of beam_size hypotheses by log p / ((5 + length) / 6)^length_penalty (Wu et al., 2016,
     equation 14): ids (B, S) -> B lists of fewer than max_len ids, without BOS and EOS. A sentence is done
-    when beam_size of its hypotheses have ended; one beam is greedy decoding."""
+    when beam_size of its hypotheses have ended that are at least as good as the best that goes on."""
     b, k, device = len(src), beam_size, src.device
-    state, tokens = model.start(src, k, max_len), torch.full((b * k,), BOS, device=device)
+    memory, mask = model.encode(src)
+    memory, mask, past = [kv.repeat_interleave(k, 1) for kv in memory], mask.repeat_interleave(k, 0), None
+    ids = torch.full((b * k, 1), BOS, device=device)  # K rows for each sentence
     scores = torch.full((b, k), -math.inf, device=device)
-    scores[:, 0] = 0.0
-    alive = torch.full((b, k, max_len), PAD, device=device)
-    done, done_scores = alive.clone(), torch.full((b, k), -math.inf, device=device)
-    first = torch.arange(b, device=device)[:, None] * k  # row of each sentence's first beam
-    count = torch.zeros(b, device=device, dtype=torch.long)
-    for t in range(max_len):
-        log_p = model.step(tokens, t, state).unflatten(0, (b, k)) + scores[:, :, None]  # (B, K, V)
-        if t == max_len - 1:
-            log_p[:, :, torch.arange(log_p.shape[2], device=device) != EOS] = -math.inf
-        best, place = log_p.flatten(1).topk(2 * k)  # 2 K, so that K go on even if K end
-        origin, token = place // log_p.shape[2], place % log_p.shape[2]
-        rows = alive.gather(1, origin[:, :, None].expand(-1, -1, max_len))
-        rows[:, :, t] = token
-        ended = token == EOS
-        counts = ended[:, :k] & (count < k)[:, None]  # only an end among the best K counts
-        final = (best[:, :k] / ((6 + t) / 6) ** length_penalty).masked_fill(~counts, -math.inf)
-        done_scores, which = torch.cat([done_scores, final], 1).topk(k)
-        done = torch.cat([done, rows[:, :k]], 1).gather(1, which[:, :, None].expand(-1, -1, max_len))
-        if ((count := count + counts.sum(1)) >= k).all():
-            break
-        scores, which = best.masked_fill(ended, -math.inf).topk(k)
-        alive = rows.gather(1, which[:, :, None].expand(-1, -1, max_len))
-        tokens, moved = token.gather(1, which).flatten(), (first + origin.gather(1, which)).flatten()
-        for past in state["past"]:
-            past[:, :, :, : t + 1] = past[:, moved, :, : t + 1]
-    return [[i for i in row if i not in (PAD, EOS)] for row in done[:, 0].tolist()]
+    scores[:, 0] = 0.0  # the first step has one hypothesis
+    ended, searched = [[] for _ in range(b)], set(range(b))  # (score, ids) of each sentence; those not done
+    for length in range(1, max_len + 1):
+        logits, past = model.decode(ids[:, -1:], memory, mask, past)
+        logits = logits[:, -1].float()
+        logits[:, [PAD, BOS, UNK]] = -math.inf  # which no reference has
+        log_p = logits.log_softmax(-1)  # (B K, V)
+        if length == max_len:
+            log_p[:, torch.arange(log_p.shape[1], device=device) != EOS] = -math.inf
+        # of each sentence the best 2 K, so that K go on even if K end
+        best, place = (scores[:, :, None] + log_p.unflatten(0, (b, k))).flatten(1).topk(2 * k)
+        row = place // log_p.shape[1] + k * torch.arange(b, device=device)[:, None]
+        token = place % log_p.shape[1]
+        scores, going = best.masked_fill(token == EOS, -math.inf).topk(k)
+        penalty = ((5 + length) / 6) ** length_penalty
+        for i, j in (token[:, :k] == EOS).nonzero().tolist():  # an end counts if it is among the best K
+            if i in searched:
+                ended[i].append((best[i, j].item() / penalty, ids[row[i, j], 1:]))
+        for i, rest in enumerate((scores[:, 0] / penalty).tolist()):
+            if sum(score >= rest for score, _ in ended[i]) >= k:
+                searched.discard(i)
+        if not searched or length == max_len:
+            return [max(hypotheses, key=lambda pair: pair[0])[1].tolist() for hypotheses in ended]
+        rows = row.gather(1, going).flatten()
+        ids = torch.cat([ids[rows], token.gather(1, going).view(-1, 1)], 1)
+        past = [kv[:, rows] for kv in past]
+
+
+def consistency(logits, tgt):
+    """R-drop's loss (Liang et al., 2021, equation 2): the mean of the two KL divergences between what the model
+    predicts for a batch under one dropout mask and another, summed over the target tokens. Logits
+    (2 B, T, V) hold the batch twice, tgt (2 B, T) likewise -> ()."""
+    p, q = logits.float().log_softmax(-1).chunk(2)
+    divergence = ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2  # (B, T)
+    return (divergence * (tgt[: len(p)] != PAD)).sum()
 
 
 class Muon(torch.optim.Optimizer):
@@ -364,7 +329,7 @@ def orthogonal(x):
 # DATA -------------------------------------------------------------------------------------------------------
 AUTO = {"multi30k": "raw/train.en.gz"}  # what --data auto looks for in data/NAME
 REAL = "--data multi30k downloads the real set"
-URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1"
+URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw"
 DIGESTS = {  # SHA-256 of the published files
     "train.en.gz": "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
     "train.de.gz": "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
@@ -373,79 +338,39 @@ DIGESTS = {  # SHA-256 of the published files
     "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
     "test_2016_flickr.de.gz": "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
 }
-
-
-def find_files(folder, pattern="**/*"):
-    """Sorted paths in a folder, without hidden files and what operating systems leave behind."""
-    junk = re.compile(r"\.|__MACOSX$|Thumbs\.db$|desktop\.ini$", re.I)
-    return [p for p in sorted(folder.glob(pattern)) if not any(map(junk.match, p.relative_to(folder).parts))]
-
-
-def noun_phrase(rng, nouns, case):
-    """(English, German): article, perhaps an adjective, and a noun, inflected for gender and case."""
-    english, german, gender = nouns[rng.integers(len(nouns))]
-    definite, column = rng.random() < 0.5, "mfn".index(gender)
-    article = {"nom": ("der die das", "ein eine ein"), "acc": ("den die das", "einen eine ein"),
-               "dat": ("dem der dem", "einem einer einem")}[case][not definite].split()[column]
-    words = ["the" if definite else "a"], [article]
-    if rng.random() < 0.6:
-        weak = {"nom": "e e e", "acc": "en e e", "dat": "en en en"}[case].split()[column]
-        strong = {"nom": "er e es", "acc": "en e es", "dat": "en en en"}[case].split()[column]
-        adjective = ADJECTIVES[rng.integers(len(ADJECTIVES))].split()
-        words[0].append(adjective[0]), words[1].append(adjective[1] + (weak if definite else strong))
-    words[0].append(english), words[1].append(german)
-    if words[0][0] == "a" and words[0][1][0] in "aeiou":
-        words[0][0] = "an"
-    return " ".join(words[0]), " ".join(words[1])
-
-
-ADJECTIVES = ["old alt", "young jung", "small klein", "big groß", "friendly freundlich", "red rot",
-              "new neu", "white weiß", "beautiful schön", "tired müd", "quiet still", "strange seltsam"]
-BEINGS = [w.split() for w in (
-    "man Mann m|woman Frau f|child Kind n|dog Hund m|cat Katze f|horse Pferd n|girl Mädchen n|"
-    "teacher Lehrer m|aunt Tante f|uncle Onkel m|queen Königin f|bird Vogel m").split("|")]
-THINGS = [w.split() for w in (
-    "ball Ball m|book Buch n|lamp Lampe f|apple Apfel m|picture Bild n|flower Blume f|chair Stuhl m|"
-    "bicycle Fahrrad n|guitar Gitarre f|letter Brief m").split("|")]
-PLACES = [w.split() for w in (
-    "garden Garten m|kitchen Küche f|house Haus n|park Park m|school Schule f|forest Wald m|city Stadt f|"
-    "room Zimmer n").split("|")]
-VERBS = [w.split() for w in (
-    "sees see seen sieht sehen gesehen|buys buy bought kauft kaufen gekauft|"
-    "holds hold held hält halten gehalten|finds find found findet finden gefunden|"
-    "draws draw drawn zeichnet zeichnen gezeichnet|"
-    "carries carry carried trägt tragen getragen|paints paint painted malt malen gemalt|"
-    "hides hide hidden versteckt verstecken versteckt|loves love loved liebt lieben geliebt").split("|")]
-PREPOSITIONS = [("in", "in"), ("behind", "hinter"), ("in front of", "vor"), ("next to", "neben")]
-TIMES = [("today", "heute"), ("now", "jetzt"), ("in the evening", "am Abend"), ("on Sunday", "am Sonntag")]
-MODALS = [("can", "kann"), ("must", "muss"), ("should", "soll")]
+ARTICLES = {"nom": {"m": "der ein", "f": "die eine", "n": "das ein"},  # of the demo's German, by case and gender
+            "acc": {"m": "den einen", "f": "die eine", "n": "das ein"},
+            "dat": {"m": "dem einem", "f": "der einer", "n": "dem einem"}}
+BEINGS = ["man Mann m", "woman Frau f", "child Kind n", "dog Hund m", "cat Katze f", "horse Pferd n", "girl Mädchen n",
+          "teacher Lehrer m", "queen Königin f"]
+THINGS = ["ball Ball m", "book Buch n", "lamp Lampe f", "picture Bild n", "flower Blume f", "chair Stuhl m"]
+PLACES = ["garden Garten m", "kitchen Küche f", "house Haus n", "park Park m", "school Schule f", "room Zimmer n"]
+VERBS = ["sees see sieht sehen", "buys buy kauft kaufen", "holds hold hält halten", "finds find findet finden",
+         "draws draw zeichnet zeichnen", "carries carry trägt tragen", "hides hide versteckt verstecken"]
+MODALS = ["can kann", "must muss", "should soll"]
+TIMES = ["today heute", "now jetzt", "tomorrow morgen", "here hier"]
+PREPOSITIONS = ["in in", "behind hinter", "near neben"]
 
 
 def demo_pair(rng):
     """An English sentence and its German translation: gender, case, and the verb second or last."""
-    def pick(items):
-        return items[rng.integers(len(items))]
-    subject, wer = noun_phrase(rng, BEINGS, "nom")
-    thing, wen = noun_phrase(rng, BEINGS + THINGS, "acc")
-    (does, do, done, tut, tun, getan), (time, wann), (can, kann) = pick(VERBS), pick(TIMES), pick(MODALS)
-    where = wo = ""
-    if rng.random() < 0.5:
-        (near, bei), (place, ort) = pick(PREPOSITIONS), noun_phrase(rng, PLACES, "dat")
-        where, wo = f" {near} {place}", f" {bei} {ort}"
-    form = rng.integers(5)
-    if form == 0:
-        pair = f"{subject} {does} {thing}{where}.", f"{wer} {tut} {wen}{wo}."
-    elif form == 1:  # something else first: the verb stays second
-        pair = f"{time} {subject} {does} {thing}{where}.", f"{wann} {tut} {wer} {wen}{wo}."
-    elif form == 2:  # the infinitive goes last
-        pair = f"{subject} {can} {do} {thing}{where}.", f"{wer} {kann} {wen}{wo} {tun}."
-    elif form == 3:  # so does the participle
-        pair = f"{subject} has {done} {thing}{where}.", f"{wer} hat {wen}{wo} {getan}."
-    else:  # and in a subordinate clause the verb itself
-        (other, wer2) = noun_phrase(rng, BEINGS, "nom")
-        pair = (f"{other} laughs because {subject} {does} {thing}{where}.",
-                f"{wer2} lacht, weil {wer} {wen}{wo} {tut}.")
-    return tuple(text[0].upper() + text[1:] for text in pair)
+    def pick(lines):
+        return lines[rng.integers(len(lines))].split()
+
+    def noun(nouns, case):
+        english, german, gender = pick(nouns)
+        kind = rng.integers(2)
+        return f"{['the', 'a'][kind]} {english}", f"{ARTICLES[case][gender].split()[kind]} {german}"
+
+    (who, wer), (whom, wen) = noun(BEINGS, "nom"), noun(BEINGS + THINGS, "acc")
+    (does, do, tut, tun), (near, bei), (place, ort) = pick(VERBS), pick(PREPOSITIONS), noun(PLACES, "dat")
+    (can, kann), (time, zeit), (other, andere) = pick(MODALS), pick(TIMES), noun(BEINGS, "nom")
+    english, german = [
+        (f"{time} {who} {does} {whom} {near} {place}", f"{zeit} {tut} {wer} {wen} {bei} {ort}"),
+        (f"{who} {can} {do} {whom} {near} {place}", f"{wer} {kann} {wen} {bei} {ort} {tun}"),
+        (f"{other} laughs because {who} {does} {whom}", f"{andere} lacht, weil {wer} {wen} {tut}"),
+    ][rng.integers(3)]
+    return f"{english[0].upper()}{english[1:]}.", f"{german[0].upper()}{german[1:]}."
 
 
 def demo_pairs(count):
@@ -459,17 +384,11 @@ def demo_pairs(count):
 def download(url, path, digest):
     """Fetches a file whole or not at all; UserError unless its SHA-256 is the one known."""
     say(f"downloading {url}")
-    try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            content = answer.read()
-    except (OSError, http.client.HTTPException) as e:
-        raise UserError(f"{url}: no download ({e}); data/README.md says what goes where") from None
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise UserError(f"{url}: its SHA-256 is not the known one; get it by hand: data/README.md")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")  # another run may fetch the same
-    part.write_bytes(content)
-    os.replace(part, path)
+    try:
+        torch.hub.download_url_to_file(url, path, digest, progress=False)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"{url}: no download ({e}); data/README.md says what goes where") from None
 
 
 def decode_lines(raw, name):
@@ -492,10 +411,9 @@ def read_pair(*paths):
             raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
         except (OSError, EOFError, zlib.error) as e:
             raise UserError(f"{path}: missing or truncated ({e}); see data/README.md") from None
-        lines = decode_lines(raw, path)
-        if not any(lines):
+        sides.append(decode_lines(raw, path))
+        if not any(sides[-1]):
             raise UserError(f"{path}: is empty; it takes one sentence a line")
-        sides.append(lines)
     if len(sides[0]) != len(sides[1]):
         raise UserError(f"{paths[0]} has {len(sides[0])} lines and {paths[1]} {len(sides[1])}: "
                         "line n of one must be the translation of line n of the other")
@@ -504,33 +422,35 @@ def read_pair(*paths):
 
 def load_data(cfg):
     """{"train", "val" and the name of each test split: (source sentences, target sentences)}."""
+    if cfg.data == "own":
+        return divide(read_pair(cfg.train_src, cfg.train_tgt))
+    if cfg.data == "demo":
+        return divide(demo_pairs(9000))
     name, form = cfg.data.removesuffix("-tok"), "tok" if cfg.data.endswith("-tok") else "raw"
     folder, end = Path("data", name, form), ".lc.norm.tok" if form == "tok" else ""
-    for file, digest in DIGESTS.items() if cfg.data == "multi30k" and RANK == 0 else ():
-        if not (folder / file).exists():
-            download(f"{URL}/raw/{file}", folder / file, digest)
+    if cfg.data == "multi30k" and RANK == 0:
+        for file, digest in DIGESTS.items():
+            if not (folder / file).exists():
+                download(f"{URL}/{file}", folder / file, digest)
     if WORLD > 1:
         dist.barrier()
-    if cfg.data not in ("demo", "own") and folder.exists():
-        names = sorted(p.name.removesuffix(f"{end}.en.gz") for p in find_files(folder, f"*{end}.en.gz"))
-        if not set(names) - {"train", "val"}:
-            raise UserError(f"{folder}: holds no test split; data/README.md says what goes where")
-        return {split: read_pair(*(folder / f"{split}{end}.{side}.gz" for side in ("en", "de")))
-                for split in dict.fromkeys(["train", "val", *names])}
-    if cfg.data == "own":
-        pairs = read_pair(cfg.train_src, cfg.train_tgt)
-    elif cfg.data == "demo":
-        pairs = demo_pairs(9000)
-    else:
+    if not folder.exists():
         raise UserError(f"--data {cfg.data}: neither demo nor multi30k, and nothing in {folder}, of which "
                         "data/README.md tells; your own two files go to --train_src and --train_tgt")
-    # a pair that is there twice must not be trained on and tested with
-    whole = list(dict.fromkeys(pair for pair in zip(*pairs) if all(pair)))
+    tests = sorted(p.name.removesuffix(f"{end}.en.gz") for p in folder.glob(f"test*{end}.en.gz"))
+    if not tests:
+        raise UserError(f"{folder}: holds no test split; data/README.md says what goes where")
+    return {split: read_pair(*(folder / f"{split}{end}.{side}.gz" for side in ("en", "de")))
+            for split in ("train", "val", *tests)}
+
+
+def divide(pairs):
+    """Training, validation and test set of two lists of sentences, the last 1,000 different pairs being the
+    test set and the 1,000 before them the validation set; of few pairs an eighteenth each."""
+    whole = list(dict.fromkeys(pair for pair in zip(*pairs) if all(pair)))  # no pair is in two of them
     held = min(1000, len(whole) // 18)
     if not held:
         raise UserError(f"{len(whole)} different pairs are too few: it takes 18")
-    if cfg.data != "demo":
-        say(f"note: the last {held} different pairs are for the test, {held} before them for validation")
     parts = {"train": whole[: -2 * held], "val": whole[-2 * held : -held], "test": whole[-held:]}
     return {split: [list(side) for side in zip(*part)] for split, part in parts.items()}
 
@@ -562,49 +482,33 @@ def encode_text(sp, sentences, max_len):
     return [[*row[: max_len - 1], EOS] for row in ids]
 
 
-class Batches:
-    """The pairs of a training set on the device, in batches of about `budget` target tokens.
+def padded(rows, device):
+    """Lists of ids -> (B, T), filled up with PAD."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, PAD).to(device)
 
-    Sorted by target and source length, a batch holds hardly any padding. Pairs of the same two lengths are
-    shuffled anew in each epoch, and so is the order of the batches; where they are cut never changes.
+
+class Batches:
+    """The pairs of a training set on the device, in batches of at most `budget` target tokens with padding.
+
+    Pairs of similar length share a batch, which hardly holds any padding then. Each epoch has the batches in
+    another order.
     """
 
     def __init__(self, src, tgt, budget, device):
-        self.lengths = np.array([[len(t), len(s)] for s, t in zip(src, tgt)])
-        self.sorted = self.lengths[np.lexsort(self.lengths.T[::-1])]
-        starts = [0]
-        for i, (length, _) in enumerate(self.sorted):
-            if (i + 1 - starts[-1]) * length > budget and i > starts[-1]:
-                starts.append(i)
-        self.cuts = list(zip(starts, [*starts[1:], len(src)]))
-        flat = (torch.from_numpy(np.concatenate(side)).int() for side in (src, tgt))
-        self.flat = [ids.to(device) for ids in flat]
-        self.begin = [torch.tensor(np.cumsum([0, *map(len, side[:-1])])).to(device) for side in (src, tgt)]
-        self.tokens = [int(self.sorted[a:b, 0].sum()) for a, b in self.cuts]  # target tokens of each batch
-
-    @functools.lru_cache(1)
-    def order(self, seed, epoch):
-        """(pairs in sorted order on the device, batches in the order of this epoch)."""
-        rng = np.random.default_rng(seed_for(seed, epoch))
-        shuffled = rng.permutation(len(self.lengths))
-        shuffled = shuffled[np.lexsort(self.lengths[shuffled].T[::-1])]
-        return torch.from_numpy(shuffled).to(self.flat[0].device), rng.permutation(len(self.cuts)).tolist()
+        batches = [[]]
+        for i in sorted(range(len(src)), key=lambda i: (len(tgt[i]), len(src[i]))):
+            if batches[-1] and (len(batches[-1]) + 1) * len(tgt[i]) > budget:
+                batches.append([])
+            batches[-1].append(i)
+        self.pairs = [[padded([side[i] for i in batch], device) for side in (src, tgt)] for batch in batches]
+        self.tokens = [sum(len(tgt[i]) for i in batch) for batch in batches]  # target tokens of each batch
 
     def get(self, seed, step):
         """This rank's share of the batch of a step, which counts from 1: ids (B, S), (B, T), and the number
         of target tokens in the whole batch."""
-        epoch, place = divmod(step - 1, len(self.cuts))
-        pairs, batches = self.order(seed, epoch)
-        a, b = self.cuts[number := batches[place]]
-        widths = self.sorted[a:b, 1].max(), self.sorted[a:b, 0].max()
-        chosen = pairs[a + RANK : b : WORLD]
-        sides = []
-        for flat, begin, width in zip(self.flat, self.begin, widths):
-            at = begin[chosen][:, None] + torch.arange(int(width), device=begin.device)
-            ids = flat[at.clamp(max=len(flat) - 1)].long()
-            after = (ids == EOS).cumsum(1) - (ids == EOS).long()  # 0 up to the sentence's own EOS
-            sides.append(ids.masked_fill(after > 0, PAD))
-        return *sides, self.tokens[number]
+        epoch, place = divmod(step - 1, len(self.pairs))
+        number = np.random.default_rng(seed_for(seed, epoch)).permutation(len(self.pairs))[place]
+        return *(side[RANK::WORLD] for side in self.pairs[number]), self.tokens[number]
 
 
 # METRICS ----------------------------------------------------------------------------------------------------
@@ -667,24 +571,17 @@ def chrf(hypotheses, references):
 
 
 # EVALUATE, PREDICT ------------------------------------------------------------------------------------------
-def padded(rows, device):
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, PAD).to(device)
-
-
 def translate(model, sp, ids, cfg, device, beam_size):
-    """Lists of ids -> list of strings, by greedy decoding for one beam; each process does its share, and all
-    get the result. Sentences of similar length go together."""
-    order, out = sorted(range(len(ids)), key=lambda i: len(ids[i])), torch.zeros(len(ids), cfg.max_len).long()
-    for number, start in enumerate(range(0, len(ids), 100)):
-        if number % WORLD == RANK:
-            chosen = order[start : start + 100]
-            src = padded([ids[i] for i in chosen], device)
-            limit = min(cfg.max_len, 2 * src.shape[1] + 10)
-            rows = greedy_decode(model, src, limit) if beam_size == 1 else beam_search(
-                model, src, beam_size, cfg.length_penalty, limit)
-            for i, row in zip(chosen, rows):
-                out[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-    rows = all_sum(out.to(device)).tolist()
+    """Lists of ids -> list of strings; each process does its share, and all get the result."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # sentences of similar length go together
+    table = torch.zeros(len(ids), cfg.max_len, dtype=torch.long)
+    for start in range(100 * RANK, len(ids), 100 * WORLD):
+        chosen = order[start : start + 100]
+        src = padded([ids[i] for i in chosen], device)
+        limit = min(cfg.max_len, 2 * src.shape[1] + 10)
+        for i, row in zip(chosen, beam_search(model, src, beam_size, cfg.length_penalty, limit)):
+            table[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    rows = all_sum(table.to(device)).tolist()
     return sp.decode([[i for i in row if i != PAD] for row in rows])
 
 
@@ -694,7 +591,7 @@ def perplexity(model, src, tgt, device):
     sums = torch.zeros(2, device=device)
     for start in range(100 * RANK, len(src), 100 * WORLD):
         x, y = padded(src[start : start + 100], device), padded(tgt[start : start + 100], device)
-        logits = model(x, F.pad(y, (1, -1), value=BOS)).float()
+        logits = model(x, F.pad(y, (1, -1), value=BOS))
         sums[0] += F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=PAD, reduction="sum")
         sums[1] += (y != PAD).sum()
     total, count = all_sum(sums).tolist()
@@ -702,19 +599,13 @@ def perplexity(model, src, tgt, device):
 
 
 def evaluate(model, sp, cfg, pair, device, beam_size):
-    """(figures, hypotheses) of a split; for a tokenised set `bleu` is of its tokens, else of 13a."""
+    """(figures, hypotheses) of a split; `bleu` is 13a's, or of a tokenised set that of the given tokens."""
     model.eval()
     src, tgt = (encode_text(sp, side, cfg.max_len) for side in pair)
-    start = time.perf_counter()
     hypotheses = translate(model, sp, src, cfg, device, beam_size)
-    seconds = time.perf_counter() - start
-    forms = {"bleu": bleu(hypotheses, pair[1]),
-             "bleu_lc_none": bleu(hypotheses, pair[1], "none", lowercase=True)}
-    if cfg.data.endswith("-tok"):
-        forms = {"bleu": forms["bleu_lc_none"], "bleu_13a": forms["bleu"]}
-    figures = {**forms, "chrf": chrf(hypotheses, pair[1]), "ppl": perplexity(model, src, tgt, device),
-               "sentences/s": round(len(src) / seconds, 1)}
-    return figures, hypotheses
+    tokenize = "none" if cfg.data.endswith("-tok") else "13a"
+    return {"bleu": bleu(hypotheses, pair[1], tokenize), "chrf": chrf(hypotheses, pair[1]),
+            "ppl": perplexity(model, src, tgt, device)}, hypotheses
 
 
 def score(model, sp, cfg, data, folder, device):
@@ -724,9 +615,6 @@ def score(model, sp, cfg, data, folder, device):
         part, hypotheses = evaluate(model, sp, cfg, data[split], device, cfg.beam_size)
         if RANK == 0:
             (folder / f"{split}.hyp.txt").write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
-            samples = [f"source     {s}\nreference  {r}\nhypothesis {h}\n\n"
-                       for s, r, h in zip(*data[split], hypotheses)]
-            (folder / f"{split}.samples.txt").write_text("".join(samples[:20]), encoding="utf-8")
         figures |= {f"{split}_{k}" if figures else k: v for k, v in part.items()}
     return figures
 
@@ -739,16 +627,15 @@ def draw(model, sp, cfg, sentences, folder, device):
     for place, sentence in enumerate(sentences, 1):
         [ids] = encode_text(sp, [sentence], cfg.max_len)
         src, maps = padded([ids], device), []
-        limit = min(cfg.max_len, 2 * len(ids) + 10)
-        [out] = beam_search(model, src, cfg.beam_size, cfg.length_penalty, limit)
-        hooks = [layer.cross.register_forward_hook(lambda part, args, _: maps.append(part.weights(*args)))
-                 for layer in model.decoder]
+        [out] = beam_search(model, src, cfg.beam_size, cfg.length_penalty, min(cfg.max_len, 2 * len(ids) + 10))
+        hooks = [layer.cross.register_forward_hook(
+            lambda cross, args, _: maps.append(cross.weights(args[0], args[1][0], args[2])))
+            for layer in model.decoder]
         model(src, torch.tensor([[BOS, *out]], device=device))
         for hook in hooks:
             hook.remove()
-        weights = torch.stack(maps).mean((0, 1, 2)).cpu()  # (T, S)
         axes = figure.add_subplot(1, len(sentences), place, xlabel="source", ylabel="translation")
-        axes.imshow(weights.numpy(), cmap="Blues", vmin=0)
+        axes.imshow(torch.stack(maps).mean((0, 1, 2)).cpu().numpy(), cmap="Blues", vmin=0)  # (T, S)
         axes.set_xticks(range(len(ids)), sp.id_to_piece(ids), rotation=90, parse_math=False)
         axes.set_yticks(range(len(out) + 1), sp.id_to_piece([*out, EOS]), parse_math=False)
     figure.savefig(folder / "attention.png", dpi=80)
@@ -774,17 +661,17 @@ def predict(mode, inputs, flags):
     model.load_state_dict(ckpt["model"])
     if mode == "eval":
         figures = score(model, sp, cfg, load_data(cfg), folder, device)
-        cased, lower = ("bleu_13a", "bleu") if cfg.data.endswith("-tok") else ("bleu", "bleu_lc_none")
-        say(f"{show(figures, digits=6)}\nwritten: {folder}/*.hyp.txt\n{lower}: case:lc, tok:none\n"
-            f"{cased}: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0")
+        form = "case:lc|tok:none" if cfg.data.endswith("-tok") else "case:mixed|tok:13a"
+        say(f"{show(figures, digits=6)}\nwritten: {folder}/*.hyp.txt\n"
+            f"as sacrebleu: nrefs:1|{form}|eff:no|smooth:exp")
         return
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout lacks it
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the system's encoding is
     given = [sys.stdin.buffer.read() if RANK == 0 and not inputs else b""]
     if WORLD > 1:  # all processes have the same standard input
         dist.broadcast_object_list(given)
-    lines = [decode_lines(os.fsencode(text), "the text given") for text in inputs]
-    lines = [" ".join(parts) for parts in lines] or decode_lines(given[0], "the standard input")
+    lines = [" ".join(decode_lines(os.fsencode(text), "the text given")) for text in inputs]
+    lines = lines or decode_lines(given[0], "the standard input")
     with contextlib.redirect_stdout(sys.stderr):
         if ckpt["config"]["data"].endswith("-tok"):
             say("note: this model knows lower-cased, tokenised text; it gets the former, give it the latter")
@@ -793,9 +680,9 @@ def predict(mode, inputs, flags):
     done = iter(translate(model, sp, ids, cfg, device, cfg.beam_size) if ids else ())
     for line in lines:
         say(next(done) if line else "")
-    with contextlib.redirect_stdout(sys.stderr):
-        for line in list(filter(None, lines))[:1] if inputs else ():
-            draw(model, sp, cfg, [line], folder, device)
+    if any(inputs):
+        with contextlib.redirect_stdout(sys.stderr):
+            draw(model, sp, cfg, list(filter(None, lines))[:1], folder, device)
 
 
 # ---- runtime: identical in all five scripts ----
@@ -1147,20 +1034,20 @@ def main(argv=None):
     vocabulary = vocabulary_of(old, cfg.init) if old else train_vocabulary(sum(data["train"], []), cfg)
     sp = tokenizer(vocabulary)
     batches = Batches(*(encode_text(sp, side, cfg.max_len) for side in data["train"]), cfg.batch_size, device)
-    schedule = len(batches.cuts) * cfg.epochs
-    total, count = min(cfg.max_steps or schedule, schedule), round(sum(batches.tokens) / len(batches.cuts))
-    say(f"pairs: {len(data['train'][0]):,}; vocabulary: {len(sp):,}; steps: {total:,} of {count:,} tokens")
+    schedule, count = len(batches.pairs) * cfg.epochs, round(statistics.fmean(batches.tokens))
+    total = min(cfg.max_steps or schedule, schedule)
+    say(f"pairs: {', '.join(f'{len(pair[0]):,} {name}' for name, pair in data.items())}; vocabulary: {len(sp):,}; "
+        f"steps: {total:,} of {count:,} tokens")
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, sp, device)
-    decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # so that a whole schedule leaves 2 % of the first weights
-    average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(decay))
     if ckpt:
         raw.load_state_dict(ckpt["model"])
     elif cfg.init:
         load_weights(raw, old["model"], cfg.init)
-    average.module.load_state_dict(ckpt.get("average", raw.state_dict()))
-    average.n_averaged += run.step
+    average = copy.deepcopy(raw)  # moving average of the weights
+    average.load_state_dict(ckpt.get("average", raw.state_dict()))
+    decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # so that a whole schedule leaves 2 % of the first weights
     # Muon makes a matrix's update orthogonal: 500 steps do what 750 of Adam's do, and take 1.3 times as long.
     table, *rest = raw.parameters()  # the embedding comes first
     matrices, vectors = ([p for p in rest if p.dim() == n] for n in (2, 1))
@@ -1183,16 +1070,23 @@ def main(argv=None):
         for optimizer, factor in zip(optimizers, (2, 1)):
             optimizer.param_groups[0]["lr"] = factor * learning_rate(cfg, step, schedule)
         raw.train()
+        if cfg.rdrop:  # each pair twice, with two dropout masks
+            src, tgt = src.repeat(2, 1), tgt.repeat(2, 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             logits = model(src, F.pad(tgt, (1, -1), value=BOS))  # shifted right
             loss = F.cross_entropy(logits.flatten(0, 1), tgt.flatten(), ignore_index=PAD, reduction="sum",
-                                   label_smoothing=cfg.label_smoothing) * WORLD / tokens
+                                   label_smoothing=cfg.label_smoothing)
+        losses = {"loss": loss * WORLD / tokens}
+        if cfg.rdrop:
+            apart = consistency(logits, tgt)
+            losses = {"loss": (loss + cfg.rdrop * apart) / 2 * WORLD / tokens, "rdrop": apart * WORLD / tokens}
         raw.zero_grad(set_to_none=True)
-        loss.backward()
+        losses["loss"].backward()
         for optimizer in optimizers:
             optimizer.step()
-        average.update_parameters(raw)
-        return {"loss": loss}
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(raw.parameters()), 1 - decay)
+        return losses
 
     if mode == "bench":
         return bench(run, fetch, update, count)
@@ -1202,31 +1096,28 @@ def main(argv=None):
         losses = update(step, fetch(step))
         check, save = run.step_done(losses, count, learning_rate(cfg, step, schedule))
         if check:
-            figures, _ = evaluate(average.module, sp, cfg, data["val"], device, 1)
+            figures, _ = evaluate(average, sp, cfg, data["val"], device, 1)
             run.write("val", figures)
             if run.best is None or figures["bleu"] > run.best:
                 run.best = figures["bleu"]
-                run.save("best.pt", model=average.module.state_dict(), vocabulary=vocabulary)
+                run.save("best.pt", model=average.state_dict(), vocabulary=vocabulary)
         if save:
-            run.save("last.pt", model=raw.state_dict(), average=average.module.state_dict(),
+            run.save("last.pt", model=raw.state_dict(), average=average.state_dict(),
                      optimizers=[o.state_dict() for o in optimizers], vocabulary=vocabulary)
         if run.stop:
             return
 
-    best = load_checkpoint(run.folder / "best.pt")
-    average.module.load_state_dict(best["model"])
-    figures = score(average.module, sp, cfg, data, run.folder, device)
+    average.load_state_dict(load_checkpoint(run.folder / "best.pt")["model"])
+    figures = score(average, sp, cfg, data, run.folder, device)
     tests = next(pair for name, pair in data.items() if name not in ("train", "val"))
-    draw(average.module, sp, cfg, tests[0][:2], run.folder, device)
+    draw(average, sp, cfg, tests[0][:2], run.folder, device)
     run.finish(figures)
 
 
 def learning_rate(cfg, step, schedule):
-    """Linear warm-up, in half of a short schedule at most, then as 1 / sqrt(step) (equation 3), and in the
-    last fifth linearly down to zero."""
-    warmup = max(1, min(cfg.warmup, schedule // 2))
-    rate = cfg.lr * min(step / warmup, (warmup / step) ** 0.5)
-    return rate * min(1, 5 * (1 - step / (schedule + 1)))
+    """Linear warm-up, in a third of a short schedule at most, then half a cosine down to zero."""
+    warmup = max(1, min(cfg.warmup, schedule // 3))
+    return cfg.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / schedule))
 
 
 if __name__ == "__main__":

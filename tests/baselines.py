@@ -172,15 +172,12 @@ def uncached_beam_search(model, src, k, alpha, max_len):
     """The same batched search, each step decoding the whole prefix again. An untrained model seldom ends, so both
     sides go through all positions."""
     memory, mask = model.encode(src)
-    memory, mask = memory.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)
+    memory, mask = [kv.repeat_interleave(k, 1) for kv in memory], mask.repeat_interleave(k, 0)
     prefix = torch.full((len(src) * k, 1), 1, device=src.device)
     scores = torch.full((len(src), k), -1e9, device=src.device).index_fill(1, torch.tensor(0, device=src.device), 0.0)
     first = torch.arange(len(src), device=src.device)[:, None] * k
     for _ in range(max_len):
-        x = model.embed(prefix)
-        for layer in model.decoder:
-            x = layer(x, mask, memory)
-        logits = nn.functional.linear(model.decoder_norm(x[:, -1]), model.embedding.weight)
+        logits = model.decode(prefix, memory, mask)[0][:, -1]
         log_p = logits.log_softmax(-1).unflatten(0, (-1, k)) + scores[:, :, None]
         scores, place = log_p.flatten(1).topk(k)
         rows = (first + place // log_p.shape[2]).flatten()
