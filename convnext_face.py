@@ -32,6 +32,7 @@ HW2P2 (Kaggle); Huang et al., "Labeled Faces in the Wild", 2007.
 # ///
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
@@ -55,7 +56,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 @dataclass
@@ -1266,13 +1266,12 @@ def main(argv=None):
     raw = build(cfg, data["classes"], device)
     centers = CenterLoss(len(data["classes"]), raw.norm.weight.numel()).to(device)
     decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # so that 2 % of the first weights are left at most
-    average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(decay))
     if ckpt:
         raw.load_state_dict(ckpt["model"])
     elif cfg.init:
         load_weights(raw, initial_weights(cfg), cfg.init)
-    average.module.load_state_dict(ckpt.get("average", raw.state_dict()))
-    average.n_averaged += run.step
+    average = copy.deepcopy(raw)  # moving average of the weights
+    average.load_state_dict(ckpt.get("average", raw.state_dict()))
     blocks = [m for m in raw.modules() if isinstance(m, Block)] if cfg.size in MUON else []
     matrices = [weight for block in blocks for weight in (block.expand.weight, block.reduce.weight)]
     rest = [p for p in raw.parameters() if all(p is not m for m in matrices)]
@@ -1322,7 +1321,8 @@ def main(argv=None):
             optimizer.step()
         if cfg.loss == "center":
             centers.update(features.detach(), y)
-        average.update_parameters(raw)
+        with torch.no_grad():  # the average begins with the weights of the first step
+            torch._foreach_lerp_(list(average.parameters()), list(raw.parameters()), 1 - decay * (step > 1))
         return losses
 
     if mode == "bench":
@@ -1333,22 +1333,22 @@ def main(argv=None):
         losses = update(step, fetch(step))
         check, save = run.step_done(losses, size, learning_rate(cfg, step, schedule))
         if check:
-            figures, *_, threshold = evaluate(average.module, data, "val", device)
+            figures, *_, threshold = evaluate(average, data, "val", device)
             run.write("val", figures)
             if run.best is None or figures["acc"] > run.best:
                 run.best = figures["acc"]
-                run.save("best.pt", model=average.module.state_dict(), classes=data["classes"],
+                run.save("best.pt", model=average.state_dict(), classes=data["classes"],
                          threshold=threshold)
         if save:
-            run.save("last.pt", model=raw.state_dict(), average=average.module.state_dict(),
+            run.save("last.pt", model=raw.state_dict(), average=average.state_dict(),
                      centers=centers.state_dict(), classes=data["classes"],
                      optimizers=[o.state_dict() for o in optimizers])
         if run.stop:
             return
 
     best = load_checkpoint(run.folder / "best.pt")
-    average.module.load_state_dict(best["model"])
-    run.finish(score(average.module, cfg, data, run.folder, device))
+    average.load_state_dict(best["model"])
+    run.finish(score(average, cfg, data, run.folder, device))
 
 
 def learning_rate(cfg, step, schedule):

@@ -516,8 +516,6 @@ def normalised(x):
 def read_features(item, speed=1.0):
     """(T, F) of a sound file, of a .npy of features (T, F), or of the demo's voice, heard at `speed`.
     ValueError if there is nothing to hear: fewer than 8 frames, silence, values that are not finite."""
-    import soundfile
-    import torchaudio
     if isinstance(item, Path) and not item.is_file():
         raise ValueError("no such file")
     if isinstance(item, Path) and item.suffix == ".npy":
@@ -527,11 +525,13 @@ def read_features(item, speed=1.0):
         x = normalised(F.interpolate(x.T[None], max(1, round(len(x) / speed)), mode="linear")[0].T)
     else:
         if isinstance(item, Path):
+            import soundfile
             wave, rate = soundfile.read(item, dtype="float32", always_2d=True)
         else:
             wave, rate = demo_voice(*item), 16000
         wave = torch.as_tensor(wave.T)
         if speed != 1:
+            import torchaudio
             wave = torchaudio.functional.resample(wave, round(10 * speed), 10)
         if not wave.any():
             raise ValueError("silent" if wave.numel() else "empty")
@@ -651,6 +651,8 @@ def prepare(cfg, name, items, speeds):
             text = "" if text is None else clean(text)
             parts += [read_features(item, speed).half() for speed in speeds]
             texts += [text] * len(speeds)
+        except ImportError:  # of soundfile
+            raise
         except Exception as e:  # a damaged file can raise nearly anything
             bad.append(f"{item} ({e})")
         if cfg.data != "demo" and number % 500 == 499:

@@ -167,16 +167,17 @@ class DecoderLayer(EncoderLayer):
         self.cross, self.norm3 = Attention(d_model, n_heads), nn.LayerNorm(d_model)
 
     def forward(self, x, memory, mask, past=None):
-        """The next tokens x (B, T, D) -> (B, T, D), and the keys and values of all tokens so far. `memory` are
-        the keys and values of the source, `mask` (B, 1, 1, S); `past` those of the tokens before x."""
+        """The next T tokens (B, T, D) -> (B, T, D), and the keys and values of all target tokens so far.
+        `memory` holds the keys and values of the source, whose mask is (B, 1, 1, S); `past` those of the target
+        tokens before x."""
         y = self.norm1(x)
-        past = self.attention.keys_and_values(y) if past is None else torch.cat(
-            [past, self.attention.keys_and_values(y)], 3)
-        new, seen = x.shape[1], past.shape[3]
+        own = self.attention.keys_and_values(y)
+        own = own if past is None else torch.cat([past, own], 3)
+        new, seen = x.shape[1], own.shape[3]
         causal = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
-        x = x + self.dropout(self.attention(y, past, causal))
+        x = x + self.dropout(self.attention(y, own, causal))
         x = x + self.dropout(self.cross(self.norm3(x), memory, mask))
-        return x + self.dropout(self.feed_forward(self.norm2(x))), past
+        return x + self.dropout(self.feed_forward(self.norm2(x))), own
 
 
 class Transformer(nn.Module):
@@ -203,8 +204,8 @@ class Transformer(nn.Module):
         return self.dropout(self.embedding(tokens) * math.sqrt(self.d_model) + places)
 
     def encode(self, src):
-        """(B, S) ids -> the source's keys and values for each decoder layer, and the mask (B, 1, 1, S) that is
-        True at real tokens."""
+        """(B, S) ids -> the source's keys and values for each decoder layer, and the mask (B, 1, 1, S), True
+        at real tokens."""
         mask = (src != self.pad_id)[:, None, None]
         x = self.embed(src)
         for layer in self.encoder:
@@ -279,9 +280,9 @@ def beam_search(model, src, beam_size=5, length_penalty=1.0, max_len=100):
 
 
 def consistency(logits, tgt):
-    """R-drop's loss (Liang et al., 2021, equation 2): the mean of the two KL divergences between what the model
-    predicts for a batch under one dropout mask and another, summed over the target tokens. Logits
-    (2 B, T, V) hold the batch twice, tgt (2 B, T) likewise -> ()."""
+    """R-drop's loss (Liang et al., 2021, equation 2): the mean of both KL divergences between what the model
+    predicts under one dropout mask and under another, summed over the target tokens. The logits (2 B, T, V)
+    and targets (2 B, T) hold a batch twice -> ()."""
     p, q = logits.float().log_softmax(-1).chunk(2)
     divergence = ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2  # (B, T)
     return (divergence * (tgt[: len(p)] != PAD)).sum()
@@ -338,18 +339,19 @@ DIGESTS = {  # SHA-256 of the published files
     "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
     "test_2016_flickr.de.gz": "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
 }
-ARTICLES = {"nom": {"m": "der ein", "f": "die eine", "n": "das ein"},  # of the demo's German, by case and gender
+# the demo's words: English, German (verbs: finite form and infinitive), gender; articles by case and gender
+BEINGS = ["man Mann m", "woman Frau f", "child Kind n", "dog Hund m", "cat Katze f", "horse Pferd n",
+          "girl Mädchen n", "teacher Lehrer m", "queen Königin f"]
+THINGS = ["ball Ball m", "book Buch n", "lamp Lampe f", "picture Bild n", "flower Blume f", "chair Stuhl m"]
+PLACES = ["garden Garten m", "kitchen Küche f", "house Haus n", "park Park m", "school Schule f"]
+VERBS = ["sees see sieht sehen", "buys buy kauft kaufen", "holds hold hält halten",
+         "draws draw zeichnet zeichnen", "finds find findet finden", "carries carry trägt tragen",
+         "hides hide versteckt verstecken"]
+MODALS, PREPOSITIONS = ["can kann", "must muss", "should soll"], ["in in", "behind hinter", "near neben"]
+TIMES = ["today heute", "now jetzt", "tomorrow morgen"]
+ARTICLES = {"nom": {"m": "der ein", "f": "die eine", "n": "das ein"},
             "acc": {"m": "den einen", "f": "die eine", "n": "das ein"},
             "dat": {"m": "dem einem", "f": "der einer", "n": "dem einem"}}
-BEINGS = ["man Mann m", "woman Frau f", "child Kind n", "dog Hund m", "cat Katze f", "horse Pferd n", "girl Mädchen n",
-          "teacher Lehrer m", "queen Königin f"]
-THINGS = ["ball Ball m", "book Buch n", "lamp Lampe f", "picture Bild n", "flower Blume f", "chair Stuhl m"]
-PLACES = ["garden Garten m", "kitchen Küche f", "house Haus n", "park Park m", "school Schule f", "room Zimmer n"]
-VERBS = ["sees see sieht sehen", "buys buy kauft kaufen", "holds hold hält halten", "finds find findet finden",
-         "draws draw zeichnet zeichnen", "carries carry trägt tragen", "hides hide versteckt verstecken"]
-MODALS = ["can kann", "must muss", "should soll"]
-TIMES = ["today heute", "now jetzt", "tomorrow morgen", "here hier"]
-PREPOSITIONS = ["in in", "behind hinter", "near neben"]
 
 
 def demo_pair(rng):
@@ -393,13 +395,12 @@ def download(url, path, digest):
 
 def decode_lines(raw, name):
     """The lines of bytes, without the space around them."""
-    lines = raw.removesuffix(b"\n").split(b"\n") if raw else []
-    for number, line in enumerate(lines, 1):
-        try:
-            lines[number - 1] = line.decode("utf-8").strip()
-        except UnicodeDecodeError as e:
-            raise UserError(f"{name}, line {number}: not UTF-8 ({e.reason}); convert it") from None
-    return lines
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        raise UserError(f"{name}, line {line}: not UTF-8 ({e.reason}); convert it") from None
+    return [line.strip() for line in text.removesuffix("\n").split("\n")] if raw else []
 
 
 def read_pair(*paths):
@@ -414,9 +415,10 @@ def read_pair(*paths):
         sides.append(decode_lines(raw, path))
         if not any(sides[-1]):
             raise UserError(f"{path}: is empty; it takes one sentence a line")
-    if len(sides[0]) != len(sides[1]):
-        raise UserError(f"{paths[0]} has {len(sides[0])} lines and {paths[1]} {len(sides[1])}: "
-                        "line n of one must be the translation of line n of the other")
+    source, target = map(len, sides)
+    if source != target:
+        raise UserError(f"{paths[0]} has {source} lines and {paths[1]} {target}: line n of one must be the "
+                        "translation of line n of the other")
     return sides
 
 
@@ -627,7 +629,8 @@ def draw(model, sp, cfg, sentences, folder, device):
     for place, sentence in enumerate(sentences, 1):
         [ids] = encode_text(sp, [sentence], cfg.max_len)
         src, maps = padded([ids], device), []
-        [out] = beam_search(model, src, cfg.beam_size, cfg.length_penalty, min(cfg.max_len, 2 * len(ids) + 10))
+        limit = min(cfg.max_len, 2 * len(ids) + 10)
+        [out] = beam_search(model, src, cfg.beam_size, cfg.length_penalty, limit)
         hooks = [layer.cross.register_forward_hook(
             lambda cross, args, _: maps.append(cross.weights(args[0], args[1][0], args[2])))
             for layer in model.decoder]
@@ -646,17 +649,11 @@ def build(cfg, sp, device):
     return Transformer(sp.vocab_size(), d_model, n_heads, n_layers, d_ff, cfg.dropout).to(device)
 
 
-def vocabulary_of(ckpt, path):
-    if "vocabulary" not in ckpt:
-        raise UserError(f"{path}: holds no vocabulary; take the best.pt of a run")
-    return ckpt["vocabulary"]
-
-
 def predict(mode, inputs, flags):
     """Every mode that uses a trained model."""
     with contextlib.redirect_stdout(sys.stderr if mode == "translate" else sys.stdout):  # there, text only
         cfg, ckpt, device, folder = open_checkpoint(flags)
-    sp = tokenizer(vocabulary_of(ckpt, cfg.ckpt))
+    sp = tokenizer(ckpt["vocabulary"])
     model = build(cfg, sp, device).eval()
     model.load_state_dict(ckpt["model"])
     if mode == "eval":
@@ -1031,13 +1028,13 @@ def main(argv=None):
 
     data = load_data(cfg)
     old = ckpt or (load_checkpoint(cfg.init) if cfg.init else {})  # weights and vocabulary belong together
-    vocabulary = vocabulary_of(old, cfg.init) if old else train_vocabulary(sum(data["train"], []), cfg)
+    vocabulary = old["vocabulary"] if old else train_vocabulary(sum(data["train"], []), cfg)
     sp = tokenizer(vocabulary)
     batches = Batches(*(encode_text(sp, side, cfg.max_len) for side in data["train"]), cfg.batch_size, device)
     schedule, count = len(batches.pairs) * cfg.epochs, round(statistics.fmean(batches.tokens))
     total = min(cfg.max_steps or schedule, schedule)
-    say(f"pairs: {', '.join(f'{len(pair[0]):,} {name}' for name, pair in data.items())}; vocabulary: {len(sp):,}; "
-        f"steps: {total:,} of {count:,} tokens")
+    say(f"pairs: {', '.join(f'{len(pair[0]):,} {name}' for name, pair in data.items())}; "
+        f"vocabulary: {len(sp):,}; steps: {total:,} of {count:,} tokens")
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, sp, device)
@@ -1075,11 +1072,11 @@ def main(argv=None):
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             logits = model(src, F.pad(tgt, (1, -1), value=BOS))  # shifted right
             loss = F.cross_entropy(logits.flatten(0, 1), tgt.flatten(), ignore_index=PAD, reduction="sum",
-                                   label_smoothing=cfg.label_smoothing)
-        losses = {"loss": loss * WORLD / tokens}
+                                   label_smoothing=cfg.label_smoothing) * WORLD / tokens
+        losses = {"loss": loss}
         if cfg.rdrop:
-            apart = consistency(logits, tgt)
-            losses = {"loss": (loss + cfg.rdrop * apart) / 2 * WORLD / tokens, "rdrop": apart * WORLD / tokens}
+            apart = consistency(logits, tgt) * WORLD / tokens
+            losses = {"loss": (loss + cfg.rdrop * apart) / 2, "rdrop": apart}
         raw.zero_grad(set_to_none=True)
         losses["loss"].backward()
         for optimizer in optimizers:

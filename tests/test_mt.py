@@ -340,11 +340,6 @@ def test_own_files_from_training_to_translation(files, call, refuses, monkeypatc
     assert status == 0 and len(out.splitlines()) == 1 and "cut" in err
     status, out, _ = call("transformer_mt", ["translate", "--beam_size", "3", "a man", "a dog"])
     assert status == 0 and len(out.splitlines()) == 2
-    ckpt = torch.load("out/transformer_mt-own/best.pt", weights_only=True)
-    del ckpt["vocabulary"]
-    torch.save(ckpt, "bare.pt")
-    refuses("transformer_mt", "translate --ckpt bare.pt hello", "no vocabulary")
-    refuses("transformer_mt", f"{wide} --train_src a --train_tgt b --out new --init bare.pt", "no vocabulary")
     refuses("transformer_mt", "translate --max_len 1 --beam_size 1 hello", "--max_len", "3 to 1024")
 
 

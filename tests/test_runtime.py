@@ -236,7 +236,7 @@ def test_a_checkpoint_of_another_version_still_loads(name):
     assert module.merge_config({"config": {"lr": 0.5, "gone": 1}}, {"seed": 3}, "best.pt", set()) == module.Config(lr=0.5, seed=3)
 
 
-@each_script
+@pytest.mark.parametrize("name", SCRIPTS[:4])
 def test_what_operating_systems_leave_behind_is_not_data(name, tmp_path):
     for path in ("a.txt", "b/c.txt", ".hidden/d.txt", "__MACOSX/._a.txt", "b/._c.txt", "Thumbs.db", "b/desktop.ini", ".DS_Store"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
