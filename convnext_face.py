@@ -1321,7 +1321,7 @@ def main(argv=None):
             optimizer.step()
         if cfg.loss == "center":
             centers.update(features.detach(), y)
-        with torch.no_grad():  # the average begins with the weights of the first step
+        with torch.no_grad():  # the average begins with the weights after the first step
             torch._foreach_lerp_(list(average.parameters()), list(raw.parameters()), 1 - decay * (step > 1))
         return losses
 

@@ -2,7 +2,7 @@
 
     python transformer_mt.py --data demo                     # a generated grammar: no download, no GPU
     python transformer_mt.py --data multi30k                 # English to German; 2 MB downloaded on first use
-    python transformer_mt.py --data multi30k-tok             # the literature's lower-cased, tokenised form
+    python transformer_mt.py --data multi30k-tok             # its lower-cased, tokenised form
     python transformer_mt.py --train_src a.en --train_tgt a.de    # your own: two line-aligned files
     torchrun --nproc_per_node=8 transformer_mt.py --data multi30k
     python transformer_mt.py --data multi30k --resume        # continue a run that was stopped
@@ -22,8 +22,7 @@ The literature's Transformer-Tiny has 41.02 BLEU in the tokenised form (Wu et al
 Paper: Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762. BLEU: Papineni et al., 2002, as in
 Post, "A Call for Clarity in Reporting BLEU Scores", 2018; chrF: Popovic, 2015. Data: Elliott et al.,
 "Multi30K", 2016, arXiv 1605.00459. Small models for it: Wu et al., "Good for Misconceived Reasons", 2021,
-arXiv 2105.14462. R-drop: Liang et al., 2021, arXiv 2106.14448. Muon: Jordan et al., 2024; Liu et al., "Muon
-is Scalable for LLM Training", 2025, arXiv 2502.16982, whose scale of the update it has here.
+arXiv 2105.14462. R-drop: Liang et al., 2021, arXiv 2106.14448.
 """
 # /// script
 # requires-python = ">=3.10"
@@ -46,11 +45,12 @@ import sys
 import threading
 import time
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -70,8 +70,8 @@ class Config:
     dtype: str = "auto"  # auto|float32|bfloat16: precision of training (autocast); metrics are always float32
     compile: str = "auto"  # auto|on|off: torch.compile; auto: on for CUDA under Linux
     seed: int = 0  # seed of the initial weights, the order of the data, and the noise
-    batch_size: int = 2000  # target tokens per step, padding included, over all processes
-    lr: float = 2e-3  # peak learning rate of Adam; that of Muon is twice as high
+    batch_size: int = 2000  # tokens per step on the longer side, padding included, over all processes
+    lr: float = 2e-3  # peak learning rate
     max_steps: int = 0  # end the training after this many steps; 0: after all epochs
     max_minutes: float = 0.0  # save and stop after this many minutes; 0: no limit
     eval_every: int = 750  # steps between validations
@@ -110,7 +110,7 @@ PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
 # MODEL ------------------------------------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Multi-head attention (section 3.2.2), without biases as there."""
+    """Multi-head attention (section 3.2.2), without biases, as in the paper."""
 
     def __init__(self, d_model, n_heads):
         super().__init__()
@@ -127,8 +127,8 @@ class Attention(nn.Module):
         return torch.stack([self.split(part) for part in self.key_value(x).chunk(2, -1)])
 
     def weights(self, x, keys, mask):
-        """softmax(Q K^T / sqrt(d_k)) of equation 1: (B, T, D), (B, H, S, D/H) -> (B, H, T, S). `mask` is True
-        where a query may look."""
+        """softmax(Q K^T / sqrt(d_k)), the first factor of equation 1: x (B, T, D), keys (B, H, S, D/H) ->
+        (B, H, T, S). `mask` is True where a query may look."""
         queries = self.split(self.query(x))
         scores = queries @ keys.mT / math.sqrt(queries.shape[-1])
         return scores.masked_fill(~mask, -math.inf).softmax(-1)
@@ -136,12 +136,12 @@ class Attention(nn.Module):
     def forward(self, x, keys_and_values, mask):
         """Queries from x (B, T, D) -> (B, T, D)."""
         keys, values = keys_and_values
-        heads = self.weights(x, keys, mask) @ values  # (B, H, T, D/H)
+        heads = self.weights(x, keys, mask) @ values  # equation 1: (B, H, T, D/H)
         return self.out(heads.transpose(1, 2).flatten(2))
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and a feed-forward network (section 3.1), each as x + dropout(f(norm(x))).
+    """Self-attention and a feed-forward network (sections 3.1 and 3.3), each as x + dropout(f(norm(x))).
 
     The paper has norm(x + dropout(f(x))), which needs a lower learning rate and a longer warm-up.
     """
@@ -153,31 +153,35 @@ class EncoderLayer(nn.Module):
         self.norm2, self.dropout = nn.LayerNorm(d_model), nn.Dropout(dropout)
 
     def forward(self, x, mask):
-        """(B, S, D), mask (B, 1, 1, S) -> (B, S, D)."""
+        """x (B, S, D), mask (B, 1, 1, S) -> (B, S, D)."""
         y = self.norm1(x)
         x = x + self.dropout(self.attention(y, self.attention.keys_and_values(y), mask))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 
 class DecoderLayer(EncoderLayer):
-    """The same with attention to the source in between."""
+    """The same, with attention to the source in between."""
 
     def __init__(self, d_model, n_heads, d_ff, dropout):
         super().__init__(d_model, n_heads, d_ff, dropout)
         self.cross, self.norm3 = Attention(d_model, n_heads), nn.LayerNorm(d_model)
 
     def forward(self, x, memory, mask, past=None):
-        """The next T tokens (B, T, D) -> (B, T, D), and the keys and values of all target tokens so far.
-        `memory` holds the keys and values of the source, whose mask is (B, 1, 1, S); `past` those of the target
-        tokens before x."""
+        """T target tokens x (B, T, D) -> (B, T, D), and the keys and values of all target tokens so far.
+
+        `memory` (2, B, H, S, D/H) holds the keys and values of the source, whose mask is (B, 1, 1, S); `past`
+        (2, B, H, L, D/H) those of the L target tokens before x. Padding needs no mask of its own: it comes
+        last, where no token looks.
+        """
         y = self.norm1(x)
-        own = self.attention.keys_and_values(y)
-        own = own if past is None else torch.cat([past, own], 3)
-        new, seen = x.shape[1], own.shape[3]
-        causal = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
-        x = x + self.dropout(self.attention(y, own, causal))
+        cache = self.attention.keys_and_values(y)
+        if past is not None:
+            cache = torch.cat([past, cache], 3)
+        new, length = x.shape[1], cache.shape[3]
+        causal = torch.ones(new, length, dtype=torch.bool, device=x.device).tril(length - new)
+        x = x + self.dropout(self.attention(y, cache, causal))
         x = x + self.dropout(self.cross(self.norm3(x), memory, mask))
-        return x + self.dropout(self.feed_forward(self.norm2(x))), own
+        return x + self.dropout(self.feed_forward(self.norm2(x))), cache
 
 
 class Transformer(nn.Module):
@@ -213,16 +217,16 @@ class Transformer(nn.Module):
         x = self.encoder_norm(x)
         return [layer.cross.keys_and_values(x) for layer in self.decoder], mask
 
-    def decode(self, tgt, memory, mask, past=None):
-        """The next target tokens (B, T) -> logits (B, T, V) of the tokens after each of them, and what the
-        next call takes as `past`: the keys and values so far, one tensor for each layer."""
-        past = past or [None] * len(self.decoder)
-        x = self.embed(tgt, 0 if past[0] is None else past[0].shape[3])
-        seen = []
-        for layer, source, before in zip(self.decoder, memory, past):
-            x, keys_and_values = layer(x, source, mask, before)
-            seen.append(keys_and_values)
-        return F.linear(self.decoder_norm(x), self.embedding.weight), seen
+    def decode(self, tgt, memory, mask, caches=None):
+        """T target tokens (B, T) -> logits (B, T, V) of the token after each, and each layer's keys and
+        values so far, which the next call takes as `caches`. `memory` and `mask` are encode's."""
+        caches = caches or [None] * len(self.decoder)
+        x = self.embed(tgt, 0 if caches[0] is None else caches[0].shape[3])
+        new_caches = []
+        for layer, source, past in zip(self.decoder, memory, caches):
+            x, cache = layer(x, source, mask, past)
+            new_caches.append(cache)
+        return F.linear(self.decoder_norm(x), self.embedding.weight), new_caches
 
     def forward(self, src, tgt_in):
         """(B, S) ids, (B, T) ids that begin with BOS -> logits (B, T, V) of each next token."""
@@ -245,86 +249,49 @@ def greedy_decode(model, src, max_len=100):
 def beam_search(model, src, beam_size=5, length_penalty=1.0, max_len=100):
     """The best of beam_size hypotheses by log p / ((5 + length) / 6)^length_penalty (Wu et al., 2016,
     equation 14): ids (B, S) -> B lists of fewer than max_len ids, without BOS and EOS. A sentence is done
-    when beam_size of its hypotheses have ended that are at least as good as the best that goes on."""
+    when beam_size finished hypotheses score at least as well as its best unfinished one."""
     b, k, device = len(src), beam_size, src.device
     memory, mask = model.encode(src)
-    memory, mask, past = [kv.repeat_interleave(k, 1) for kv in memory], mask.repeat_interleave(k, 0), None
-    ids = torch.full((b * k, 1), BOS, device=device)  # K rows for each sentence
+    memory, mask = [kv.repeat_interleave(k, 1) for kv in memory], mask.repeat_interleave(k, 0)  # B K rows
+    ids, caches = torch.full((b * k, 1), BOS, device=device), None
     scores = torch.full((b, k), -math.inf, device=device)
-    scores[:, 0] = 0.0  # the first step has one hypothesis
-    ended, searched = [[] for _ in range(b)], set(range(b))  # (score, ids) of each sentence; those not done
+    scores[:, 0] = 0.0  # each sentence begins with one hypothesis
+    finished = [[] for _ in range(b)]  # of each sentence: (score, ids)
+    searching = set(range(b))  # sentences that are not done
     for length in range(1, max_len + 1):
-        logits, past = model.decode(ids[:, -1:], memory, mask, past)
+        logits, caches = model.decode(ids[:, -1:], memory, mask, caches)
         logits = logits[:, -1].float()
-        logits[:, [PAD, BOS, UNK]] = -math.inf  # which no reference has
-        log_p = logits.log_softmax(-1)  # (B K, V)
+        logits[:, [PAD, BOS, UNK]] = -math.inf  # never part of a translation
+        log_p = logits.log_softmax(-1)
         if length == max_len:
-            log_p[:, torch.arange(log_p.shape[1], device=device) != EOS] = -math.inf
-        # of each sentence the best 2 K, so that K go on even if K end
-        best, place = (scores[:, :, None] + log_p.unflatten(0, (b, k))).flatten(1).topk(2 * k)
-        row = place // log_p.shape[1] + k * torch.arange(b, device=device)[:, None]
-        token = place % log_p.shape[1]
-        scores, going = best.masked_fill(token == EOS, -math.inf).topk(k)
+            log_p[:, :EOS], log_p[:, EOS + 1 :] = -math.inf, -math.inf
+        total = scores[:, :, None] + log_p.unflatten(0, (b, k))  # (B, K, V)
+        best, index = total.flatten(1).topk(2 * k)  # 2 K candidates, of which at most K end
+        token = index % total.shape[2]
+        parent = index // total.shape[2] + k * torch.arange(b, device=device)[:, None]  # row of ids
         penalty = ((5 + length) / 6) ** length_penalty
-        for i, j in (token[:, :k] == EOS).nonzero().tolist():  # an end counts if it is among the best K
-            if i in searched:
-                ended[i].append((best[i, j].item() / penalty, ids[row[i, j], 1:]))
-        for i, rest in enumerate((scores[:, 0] / penalty).tolist()):
-            if sum(score >= rest for score, _ in ended[i]) >= k:
-                searched.discard(i)
-        if not searched or length == max_len:
-            return [max(hypotheses, key=lambda pair: pair[0])[1].tolist() for hypotheses in ended]
-        rows = row.gather(1, going).flatten()
-        ids = torch.cat([ids[rows], token.gather(1, going).view(-1, 1)], 1)
-        past = [kv[:, rows] for kv in past]
+        candidates, parents = (best / penalty).tolist(), parent.tolist()
+        for i, j in (token[:, :k] == EOS).nonzero().tolist():  # only an end among the best K counts
+            if i in searching:
+                finished[i].append((candidates[i][j], ids[parents[i][j], 1:]))
+        scores, chosen = best.masked_fill(token == EOS, -math.inf).topk(k)
+        for i, unfinished in enumerate((scores[:, 0] / penalty).tolist()):
+            if sum(score >= unfinished for score, _ in finished[i]) >= k:
+                searching.discard(i)
+        if not searching or length == max_len:
+            return [max(hypotheses, key=lambda pair: pair[0])[1].tolist() for hypotheses in finished]
+        rows = parent.gather(1, chosen).flatten()
+        ids = torch.cat([ids[rows], token.gather(1, chosen).view(-1, 1)], 1)
+        caches = [cache[:, rows] for cache in caches]
 
 
-def consistency(logits, tgt):
-    """R-drop's loss (Liang et al., 2021, equation 2): the mean of both KL divergences between what the model
-    predicts under one dropout mask and under another, summed over the target tokens. The logits (2 B, T, V)
-    and targets (2 B, T) hold a batch twice -> ()."""
-    p, q = logits.float().log_softmax(-1).chunk(2)
-    divergence = ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2  # (B, T)
-    return (divergence * (tgt[: len(p)] != PAD)).sum()
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al., 2024); for matrices only. All singular values
-    of an update become about 1, times 0.2 sqrt(max(rows, columns)), Adam's size (Liu et al., 2025, eq. 4)."""
-
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype  # of the products; bfloat16 pays only where the chip has it
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = defaultdict(list)
-            for p in group["params"]:
-                shapes[p.shape].append(p)
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            for shape, params in shapes.items():  # matrices of one shape are one batched product
-                grads = torch.stack([p.grad for p in params])
-                buffers = [self.state[p]["momentum_buffer"] for p in params]
-                torch._foreach_lerp_(buffers, list(grads), 1 - group["momentum"])
-                updates = grads.lerp(torch.stack(buffers), group["momentum"])  # Nesterov
-                updates = orthogonal(updates.to(self.dtype)).float()
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(updates), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
-
-
-def orthogonal(x):
-    """U V^T of each matrix's singular value decomposition U S V^T, nearly, by five Newton-Schulz iterations:
-    (N, rows, columns) -> the same. Singular values come out at 0.7 to 1.2."""
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    for _ in range(5):  # x <- 3.4445 x + (-4.7750 A + 2.0315 A A) x with A = x x^T
-        gram = x @ x.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, gram, x, beta=3.4445)
-    return x.mT if tall else x
+def rdrop_loss(logits, tgt):
+    """The divergence of R-drop (Liang et al., 2021, equation 2), summed over the target tokens: the mean of
+    both KL divergences between the predictions under two dropout masks. Logits (2 B, T, V) and targets
+    (2 B, T) hold a batch twice -> ()."""
+    log_p, log_q = logits.float().log_softmax(-1).chunk(2)
+    divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2  # (B, T)
+    return (divergence * (tgt[: len(log_p)] != PAD)).sum()
 
 
 # DATA -------------------------------------------------------------------------------------------------------
@@ -383,20 +350,10 @@ def demo_pairs(count):
     return [list(side) for side in zip(*pairs.items())]
 
 
-def download(url, path, digest):
-    """Fetches a file whole or not at all; UserError unless its SHA-256 is the one known."""
-    say(f"downloading {url}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, path, digest, progress=False)
-    except (OSError, RuntimeError) as e:
-        raise UserError(f"{url}: no download ({e}); data/README.md says what goes where") from None
-
-
 def decode_lines(raw, name):
-    """The lines of bytes, without the space around them."""
+    """Bytes -> the lines of text, stripped."""
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = raw[: e.start].count(b"\n") + 1
         raise UserError(f"{name}, line {line}: not UTF-8 ({e.reason}); convert it") from None
@@ -423,33 +380,38 @@ def read_pair(*paths):
 
 
 def load_data(cfg):
-    """{"train", "val" and the name of each test split: (source sentences, target sentences)}."""
+    """{"train", "val" and the name of each test split: (source sentences, target sentences)}, from
+    data/NAME/raw/SPLIT.en.gz and SPLIT.de.gz, or data/NAME/tok/SPLIT.lc.norm.tok.en.gz and so on."""
     if cfg.data == "own":
         return divide(read_pair(cfg.train_src, cfg.train_tgt))
     if cfg.data == "demo":
         return divide(demo_pairs(9000))
-    name, form = cfg.data.removesuffix("-tok"), "tok" if cfg.data.endswith("-tok") else "raw"
-    folder, end = Path("data", name, form), ".lc.norm.tok" if form == "tok" else ""
+    tok = cfg.data.endswith("-tok")
+    folder = Path("data", cfg.data.removesuffix("-tok"), "tok" if tok else "raw")
     if cfg.data == "multi30k" and RANK == 0:
-        for file, digest in DIGESTS.items():
-            if not (folder / file).exists():
-                download(f"{URL}/{file}", folder / file, digest)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, digest in DIGESTS.items():
+            if not (folder / name).exists():
+                say(f"downloading {URL}/{name}")
+                try:
+                    torch.hub.download_url_to_file(f"{URL}/{name}", folder / name, digest, progress=False)
+                except (OSError, RuntimeError) as e:
+                    raise UserError(f"{URL}/{name}: {e}; data/README.md says where it goes") from None
     if WORLD > 1:
         dist.barrier()
-    if not folder.exists():
-        raise UserError(f"--data {cfg.data}: neither demo nor multi30k, and nothing in {folder}, of which "
-                        "data/README.md tells; your own two files go to --train_src and --train_tgt")
-    tests = sorted(p.name.removesuffix(f"{end}.en.gz") for p in folder.glob(f"test*{end}.en.gz"))
+    end = ".lc.norm.tok" if tok else ""
+    tests = sorted(path.name.removesuffix(f"{end}.en.gz") for path in folder.glob(f"test*{end}.en.gz"))
     if not tests:
-        raise UserError(f"{folder}: holds no test split; data/README.md says what goes where")
+        raise UserError(f"--data {cfg.data}: {folder} holds no test split; data/README.md says what goes "
+                        "where; two files of your own go to --train_src and --train_tgt")
     return {split: read_pair(*(folder / f"{split}{end}.{side}.gz" for side in ("en", "de")))
             for split in ("train", "val", *tests)}
 
 
 def divide(pairs):
-    """Training, validation and test set of two lists of sentences, the last 1,000 different pairs being the
-    test set and the 1,000 before them the validation set; of few pairs an eighteenth each."""
-    whole = list(dict.fromkeys(pair for pair in zip(*pairs) if all(pair)))  # no pair is in two of them
+    """Two lists of sentences as training, validation and test set: the last 1,000 different pairs are the
+    test set, the 1,000 before them the validation set; 1/18 of the pairs each, if that is fewer."""
+    whole = list(dict.fromkeys(pair for pair in zip(*pairs) if all(pair)))  # without duplicates
     held = min(1000, len(whole) // 18)
     if not held:
         raise UserError(f"{len(whole)} different pairs are too few: it takes 18")
@@ -459,7 +421,6 @@ def divide(pairs):
 
 def train_vocabulary(texts, cfg):
     """A joint byte-pair encoding of the training sentences only: SentencePiece's model as uint8 (n,)."""
-    import sentencepiece
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -472,12 +433,11 @@ def train_vocabulary(texts, cfg):
 
 
 def tokenizer(vocabulary):
-    import sentencepiece
     return sentencepiece.SentencePieceProcessor(model_proto=vocabulary.numpy().tobytes())
 
 
 def encode_text(sp, sentences, max_len):
-    """Lists of ids that end in EOS; what is longer than max_len is cut, and that is said."""
+    """Lists of ids that end in EOS; those longer than max_len are cut, with a warning."""
     ids = sp.encode(list(sentences))
     if long := sum(len(row) >= max_len for row in ids):
         say(f"warning: {long} of {len(ids)} sentences are cut after {max_len - 1} tokens (--max_len)")
@@ -489,28 +449,21 @@ def padded(rows, device):
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, PAD).to(device)
 
 
-class Batches:
-    """The pairs of a training set on the device, in batches of at most `budget` target tokens with padding.
-
-    Pairs of similar length share a batch, which hardly holds any padding then. Each epoch has the batches in
-    another order.
-    """
-
-    def __init__(self, src, tgt, budget, device):
-        batches = [[]]
-        for i in sorted(range(len(src)), key=lambda i: (len(tgt[i]), len(src[i]))):
-            if batches[-1] and (len(batches[-1]) + 1) * len(tgt[i]) > budget:
-                batches.append([])
-            batches[-1].append(i)
-        self.pairs = [[padded([side[i] for i in batch], device) for side in (src, tgt)] for batch in batches]
-        self.tokens = [sum(len(tgt[i]) for i in batch) for batch in batches]  # target tokens of each batch
-
-    def get(self, seed, step):
-        """This rank's share of the batch of a step, which counts from 1: ids (B, S), (B, T), and the number
-        of target tokens in the whole batch."""
-        epoch, place = divmod(step - 1, len(self.pairs))
-        number = np.random.default_rng(seed_for(seed, epoch)).permutation(len(self.pairs))[place]
-        return *(side[RANK::WORLD] for side in self.pairs[number]), self.tokens[number]
+def make_batches(src, tgt, budget, device):
+    """Pairs of similar lengths together, so that there is little padding, with at most `budget` tokens on
+    either side: [(source ids (B, S), target ids (B, T), number of target tokens without padding)]."""
+    groups, width = [[]], 0
+    for i in sorted(range(len(src)), key=lambda i: (len(tgt[i]), len(src[i]))):
+        width = max(width, len(tgt[i]), len(src[i]))
+        if groups[-1] and (len(groups[-1]) + 1) * width > budget:
+            groups.append([])
+            width = max(len(tgt[i]), len(src[i]))
+        groups[-1].append(i)
+    batches = []
+    for group in groups:
+        x, y = (padded([side[i] for i in group], device) for side in (src, tgt))
+        batches.append((x, y, int((y != PAD).sum())))
+    return batches
 
 
 # METRICS ----------------------------------------------------------------------------------------------------
@@ -576,14 +529,14 @@ def chrf(hypotheses, references):
 def translate(model, sp, ids, cfg, device, beam_size):
     """Lists of ids -> list of strings; each process does its share, and all get the result."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # sentences of similar length go together
-    table = torch.zeros(len(ids), cfg.max_len, dtype=torch.long)
+    output = torch.zeros(len(ids), cfg.max_len, dtype=torch.long)
     for start in range(100 * RANK, len(ids), 100 * WORLD):
         chosen = order[start : start + 100]
         src = padded([ids[i] for i in chosen], device)
         limit = min(cfg.max_len, 2 * src.shape[1] + 10)
         for i, row in zip(chosen, beam_search(model, src, beam_size, cfg.length_penalty, limit)):
-            table[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-    rows = all_sum(table.to(device)).tolist()
+            output[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    rows = all_sum(output.to(device)).tolist()
     return sp.decode([[i for i in row if i != PAD] for row in rows])
 
 
@@ -601,7 +554,7 @@ def perplexity(model, src, tgt, device):
 
 
 def evaluate(model, sp, cfg, pair, device, beam_size):
-    """(figures, hypotheses) of a split; `bleu` is 13a's, or of a tokenised set that of the given tokens."""
+    """(figures, hypotheses) of a split; `bleu` has 13a's tokens, in a tokenised set those between spaces."""
     model.eval()
     src, tgt = (encode_text(sp, side, cfg.max_len) for side in pair)
     hypotheses = translate(model, sp, src, cfg, device, beam_size)
@@ -611,75 +564,72 @@ def evaluate(model, sp, cfg, pair, device, beam_size):
 
 
 def score(model, sp, cfg, data, folder, device):
-    """The figures of every test split, the first one's under their plain names; writes the hypotheses."""
+    """The figures of every test split, those of the first without a prefix; writes the hypotheses."""
     figures = {}
-    for split in [name for name in data if name not in ("train", "val")]:
+    for split in list(data)[2:]:
+        prefix = f"{split}_" if figures else ""
         part, hypotheses = evaluate(model, sp, cfg, data[split], device, cfg.beam_size)
+        figures |= {prefix + name: value for name, value in part.items()}
         if RANK == 0:
             (folder / f"{split}.hyp.txt").write_text("".join(f"{h}\n" for h in hypotheses), encoding="utf-8")
-        figures |= {f"{split}_{k}" if figures else k: v for k, v in part.items()}
     return figures
 
 
 @torch.no_grad()
-def draw(model, sp, cfg, sentences, folder, device):
+def draw(model, sp, cfg, sentence, folder, device):
     """attention.png: where each target token looks in the source, averaged over the heads and layers."""
-    if RANK or not (figure := new_figure(6.5 * len(sentences), 6)):
+    if RANK or not (figure := new_figure(7, 6)):
         return
-    for place, sentence in enumerate(sentences, 1):
-        [ids] = encode_text(sp, [sentence], cfg.max_len)
-        src, maps = padded([ids], device), []
-        limit = min(cfg.max_len, 2 * len(ids) + 10)
-        [out] = beam_search(model, src, cfg.beam_size, cfg.length_penalty, limit)
-        hooks = [layer.cross.register_forward_hook(
-            lambda cross, args, _: maps.append(cross.weights(args[0], args[1][0], args[2])))
-            for layer in model.decoder]
-        model(src, torch.tensor([[BOS, *out]], device=device))
-        for hook in hooks:
-            hook.remove()
-        axes = figure.add_subplot(1, len(sentences), place, xlabel="source", ylabel="translation")
-        axes.imshow(torch.stack(maps).mean((0, 1, 2)).cpu().numpy(), cmap="Blues", vmin=0)  # (T, S)
-        axes.set_xticks(range(len(ids)), sp.id_to_piece(ids), rotation=90, parse_math=False)
-        axes.set_yticks(range(len(out) + 1), sp.id_to_piece([*out, EOS]), parse_math=False)
+    [ids] = encode_text(sp, [sentence], cfg.max_len)
+    src, maps = padded([ids], device), []
+    [out] = beam_search(model, src, cfg.beam_size, cfg.length_penalty, min(cfg.max_len, 2 * len(ids) + 10))
+
+    def keep(cross, args, _):
+        x, (keys, _), mask = args
+        maps.append(cross.weights(x, keys, mask))
+
+    hooks = [layer.cross.register_forward_hook(keep) for layer in model.decoder]
+    model(src, torch.tensor([[BOS, *out]], device=device))
+    for hook in hooks:
+        hook.remove()
+    axes = figure.add_subplot(xlabel="source", ylabel="translation")
+    axes.imshow(torch.stack(maps).mean((0, 1, 2)).cpu().numpy(), cmap="Blues", vmin=0)  # (T, S)
+    axes.set_xticks(range(len(ids)), sp.id_to_piece(ids), rotation=90, parse_math=False)
+    axes.set_yticks(range(len(out) + 1), sp.id_to_piece([*out, EOS]), parse_math=False)
     figure.savefig(folder / "attention.png", dpi=80)
 
 
 def build(cfg, sp, device):
-    d_model, n_heads, n_layers, d_ff = SIZES[cfg.size]
-    return Transformer(sp.vocab_size(), d_model, n_heads, n_layers, d_ff, cfg.dropout).to(device)
+    return Transformer(sp.vocab_size(), *SIZES[cfg.size], cfg.dropout).to(device)
 
 
 def predict(mode, inputs, flags):
-    """Every mode that uses a trained model."""
+    """The modes eval and translate."""
     with contextlib.redirect_stdout(sys.stderr if mode == "translate" else sys.stdout):  # there, text only
         cfg, ckpt, device, folder = open_checkpoint(flags)
-    sp = tokenizer(ckpt["vocabulary"])
-    model = build(cfg, sp, device).eval()
-    model.load_state_dict(ckpt["model"])
-    if mode == "eval":
-        figures = score(model, sp, cfg, load_data(cfg), folder, device)
-        form = "case:lc|tok:none" if cfg.data.endswith("-tok") else "case:mixed|tok:13a"
-        say(f"{show(figures, digits=6)}\nwritten: {folder}/*.hyp.txt\n"
-            f"as sacrebleu: nrefs:1|{form}|eff:no|smooth:exp")
-        return
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout lacks it
-        sys.stdout.reconfigure(encoding="utf-8")  # whatever the system's encoding is
-    given = [sys.stdin.buffer.read() if RANK == 0 and not inputs else b""]
-    if WORLD > 1:  # all processes have the same standard input
-        dist.broadcast_object_list(given)
-    lines = [" ".join(decode_lines(os.fsencode(text), "the text given")) for text in inputs]
-    lines = lines or decode_lines(given[0], "the standard input")
-    with contextlib.redirect_stdout(sys.stderr):
+        sp = tokenizer(ckpt["vocabulary"])
+        model = build(cfg, sp, device).eval()
+        model.load_state_dict(ckpt["model"])
+        if mode == "eval":
+            figures = score(model, sp, cfg, load_data(cfg), folder, device)
+            form = "case:lc|tok:none" if cfg.data.endswith("-tok") else "case:mixed|tok:13a"
+            say(f"{show(figures, digits=6)}\nwritten: {folder}/*.hyp.txt")
+            say(f"BLEU as sacrebleu's: nrefs:1|{form}|eff:no|smooth:exp")
+            return
+        given = [sys.stdin.buffer.read() if RANK == 0 and not inputs else b""]
+        if WORLD > 1:  # all processes have the same standard input
+            dist.broadcast_object_list(given)
+        lines = [" ".join(decode_lines(os.fsencode(text), "the text given")) for text in inputs]
+        lines = lines or decode_lines(given[0], "the standard input")
         if ckpt["config"]["data"].endswith("-tok"):
-            say("note: this model knows lower-cased, tokenised text; it gets the former, give it the latter")
+            say("note: this model was trained on lower-cased, tokenised text; the input is only lower-cased")
             lines = [line.lower() for line in lines]
         ids = encode_text(sp, filter(None, lines), cfg.max_len)
-    done = iter(translate(model, sp, ids, cfg, device, cfg.beam_size) if ids else ())
+        translations = iter(translate(model, sp, ids, cfg, device, cfg.beam_size) if ids else ())
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout lacks it
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the system's encoding is
     for line in lines:
-        say(next(done) if line else "")
-    if any(inputs):
-        with contextlib.redirect_stdout(sys.stderr):
-            draw(model, sp, cfg, list(filter(None, lines))[:1], folder, device)
+        say(next(translations) if line else "")
 
 
 # ---- runtime: identical in all five scripts ----
@@ -1019,8 +969,9 @@ def main(argv=None):
     if bool(flags.get("train_src")) != bool(flags.get("train_tgt")):
         raise UserError("--train_src and --train_tgt go together: a text and its translation")
     if flags.get("train_src"):  # the user's two files are a data set of their own
-        if flags.setdefault("data", "own") != "own":
+        if flags.get("data", "own") != "own":
             raise UserError(f"--data {flags['data']}: --train_src and --train_tgt are another data set")
+        flags["data"] = "own"
     if mode not in ("train", "bench"):
         return predict(mode, inputs, flags)
     run = Run(flags, training=mode == "train")
@@ -1030,42 +981,43 @@ def main(argv=None):
     old = ckpt or (load_checkpoint(cfg.init) if cfg.init else {})  # weights and vocabulary belong together
     vocabulary = old["vocabulary"] if old else train_vocabulary(sum(data["train"], []), cfg)
     sp = tokenizer(vocabulary)
-    batches = Batches(*(encode_text(sp, side, cfg.max_len) for side in data["train"]), cfg.batch_size, device)
-    schedule, count = len(batches.pairs) * cfg.epochs, round(statistics.fmean(batches.tokens))
+    src, tgt = (encode_text(sp, side, cfg.max_len) for side in data["train"])
+    batches = make_batches(src, tgt, cfg.batch_size, device)
+    schedule, count = len(batches) * cfg.epochs, round(statistics.fmean(tokens for *_, tokens in batches))
     total = min(cfg.max_steps or schedule, schedule)
     say(f"pairs: {', '.join(f'{len(pair[0]):,} {name}' for name, pair in data.items())}; "
         f"vocabulary: {len(sp):,}; steps: {total:,} of {count:,} tokens")
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, sp, device)
+    average = copy.deepcopy(raw)  # moving average of the weights
+    decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # a short schedule needs a shorter memory
+    optimizer = torch.optim.Adam(raw.parameters(), cfg.lr, (0.9, 0.98), 1e-9, fused=True)  # section 5.3
     if ckpt:
         raw.load_state_dict(ckpt["model"])
+        average.load_state_dict(ckpt["average"])
+        optimizer.load_state_dict(ckpt["optimizer"])
     elif cfg.init:
         load_weights(raw, old["model"], cfg.init)
-    average = copy.deepcopy(raw)  # moving average of the weights
-    average.load_state_dict(ckpt.get("average", raw.state_dict()))
-    decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # so that a whole schedule leaves 2 % of the first weights
-    # Muon makes a matrix's update orthogonal: 500 steps do what 750 of Adam's do, and take 1.3 times as long.
-    table, *rest = raw.parameters()  # the embedding comes first
-    matrices, vectors = ([p for p in rest if p.dim() == n] for n in (2, 1))
-    optimizers = [Muon(matrices, cfg.lr, dtype=getattr(torch, cfg.dtype)),
-                  torch.optim.Adam([table, *vectors], cfg.lr, (0.9, 0.98), 1e-9, fused=True)]
-    for optimizer, state in zip(optimizers, ckpt["optimizers"] if ckpt else ()):
-        optimizer.load_state_dict(state)
     on_cuda = device.type == "cuda" and sys.platform == "linux"
     if cfg.compile == "on" or (cfg.compile == "auto" and on_cuda):
         raw.compile()  # in place, so that its weights keep their names
-    model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
+    model = nn.parallel.DistributedDataParallel(raw, broadcast_buffers=False) if WORLD > 1 else raw
 
     def fetch(step):
+        """This rank's share of the batch of a step, which counts from 1: ids (B, S), (B, T), and the number
+        of target tokens in the whole batch."""
+        epoch, place = divmod(step - 1, len(batches))
+        order = np.random.default_rng(seed_for(cfg.seed, epoch)).permutation(len(batches))
+        src, tgt, tokens = batches[order[place]]
         torch.manual_seed(seed_for(cfg.seed, step, RANK))
-        return batches.get(cfg.seed, step)
+        return src[RANK::WORLD], tgt[RANK::WORLD], tokens
 
     def update(step, batch):
         """One optimizer step; -> the parts of the loss."""
         src, tgt, tokens = batch
-        for optimizer, factor in zip(optimizers, (2, 1)):
-            optimizer.param_groups[0]["lr"] = factor * learning_rate(cfg, step, schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step, schedule)
         raw.train()
         if cfg.rdrop:  # each pair twice, with two dropout masks
             src, tgt = src.repeat(2, 1), tgt.repeat(2, 1)
@@ -1074,15 +1026,14 @@ def main(argv=None):
             loss = F.cross_entropy(logits.flatten(0, 1), tgt.flatten(), ignore_index=PAD, reduction="sum",
                                    label_smoothing=cfg.label_smoothing) * WORLD / tokens
         losses = {"loss": loss}
-        if cfg.rdrop:
-            apart = consistency(logits, tgt) * WORLD / tokens
-            losses = {"loss": (loss + cfg.rdrop * apart) / 2, "rdrop": apart}
-        raw.zero_grad(set_to_none=True)
+        if cfg.rdrop:  # half of the paper's equation 4, as all pairs are there twice
+            divergence = rdrop_loss(logits, tgt) * WORLD / tokens
+            losses = {"loss": (loss + cfg.rdrop * divergence) / 2, "rdrop": divergence}
+        optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(raw.parameters()), 1 - decay)
+        optimizer.step()
+        with torch.no_grad():  # the average begins with the weights after the first step
+            torch._foreach_lerp_(list(average.parameters()), list(raw.parameters()), 1 - decay * (step > 1))
         return losses
 
     if mode == "bench":
@@ -1100,14 +1051,14 @@ def main(argv=None):
                 run.save("best.pt", model=average.state_dict(), vocabulary=vocabulary)
         if save:
             run.save("last.pt", model=raw.state_dict(), average=average.state_dict(),
-                     optimizers=[o.state_dict() for o in optimizers], vocabulary=vocabulary)
+                     optimizer=optimizer.state_dict(), vocabulary=vocabulary)
         if run.stop:
             return
 
     average.load_state_dict(load_checkpoint(run.folder / "best.pt")["model"])
     figures = score(average, sp, cfg, data, run.folder, device)
-    tests = next(pair for name, pair in data.items() if name not in ("train", "val"))
-    draw(average, sp, cfg, tests[0][:2], run.folder, device)
+    [(first, *_), _] = data[list(data)[2]]
+    draw(average, sp, cfg, first, run.folder, device)
     run.finish(figures)
 
 

@@ -45,8 +45,8 @@ TABLE = {
     "transformer_mt": {
         "tiny": "--vocab_size 120 --batch_size 400 --beam_size 2 --max_len 20",
         "noise_off": "--dropout 0",
-        "predict": "translate --save pictures Hello",
-        "predicted": "pictures/attention.png",
+        "predict": "eval --save pictures",
+        "predicted": "pictures/test.hyp.txt",
         "shape_flag": "--size base",
     },
     "las_asr": {

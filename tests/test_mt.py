@@ -185,14 +185,14 @@ def test_layers_equal_pytorchs():
     assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-5)
 
 
-def test_consistency_is_the_mean_of_two_divergences():
+def test_rdrop_is_the_mean_of_two_divergences():
     torch.manual_seed(0)
     logits, tgt = torch.randn(4, 3, 7), torch.tensor([[4, 5, 2], [4, 2, 0]]).repeat(2, 1)
     p, q = logits.double().softmax(-1).chunk(2)
     kl = nn.functional.kl_div
     expected = sum((kl(q[i, j].log(), p[i, j], reduction="sum") + kl(p[i, j].log(), q[i, j], reduction="sum")) / 2
                    for i, j in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)))
-    assert mt.consistency(logits, tgt).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert mt.rdrop_loss(logits, tgt).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_positions_and_learning_rate():
@@ -222,30 +222,19 @@ def test_it_memorises_twenty_sentences():
     assert mt.beam_search(net, src, 4, 1.0, 12) == tgt[:, :-1].tolist()
 
 
-def test_batches_hold_every_pair_once(monkeypatch):
+def test_batches_hold_every_pair_once():
     dice = np.random.default_rng(0)
     src, tgt = ([[*dice.integers(4, 90, dice.integers(1, 15)).tolist(), mt.EOS] for _ in range(333)] for _ in range(2))
-    batches = mt.Batches(src, tgt, 120, torch.device("cpu"))
-    orders = []
-    for epoch in range(2):
-        seen = []
-        for place in range(len(batches.pairs)):
-            x, y, tokens = batches.get(7, 1 + epoch * len(batches.pairs) + place)
-            assert tokens == (y != mt.PAD).sum() and y.numel() <= 120 and not (y[:, -1] == mt.PAD).all()
-            rows = [[[i for i in row if i != mt.PAD] for row in side.tolist()] for side in (x, y)]
-            seen += list(zip(*rows))
-            shares = []
-            for rank in range(2):
-                monkeypatch.setattr(mt, "RANK", rank)
-                monkeypatch.setattr(mt, "WORLD", 2)
-                part = batches.get(7, 1 + epoch * len(batches.pairs) + place)
-                assert part[2] == tokens
-                shares += part[1].tolist()
-            monkeypatch.undo()
-            assert sorted(shares) == sorted(y.tolist())
-        assert sorted(seen) == sorted(zip(src, tgt))
-        orders.append(seen)
-    assert orders[0] != orders[1]
+    src[5] = [*range(4, 104), mt.EOS]  # long beside its translation
+    seen = []
+    for x, y, tokens in mt.make_batches(src, tgt, 120, torch.device("cpu")):
+        assert tokens == (y != mt.PAD).sum() and max(x.numel(), y.numel()) <= 120
+        assert not (y[:, -1] == mt.PAD).all() and not (x[:, -1] == mt.PAD).all()
+        rows = [[[i for i in row if i != mt.PAD] for row in side.tolist()] for side in (x, y)]
+        seen += list(zip(*rows))
+    assert sorted(seen) == sorted(zip(src, tgt))
+    [(x, y, tokens)] = mt.make_batches(src[:1], tgt[:1], 1, torch.device("cpu"))  # a pair larger than the budget
+    assert (x.tolist(), y.tolist(), tokens) == (src[:1], tgt[:1], len(tgt[0]))
 
 
 def test_the_demo_is_german():
@@ -280,7 +269,7 @@ def test_bad_files(files, refuses, monkeypatch):
     refuses("transformer_mt", own + "missing", "missing")
     (files / "short").write_text("eins\nzwei\n")
     refuses("transformer_mt", own + "short", "60 lines", "short 2")
-    (files / "empty").write_text("")
+    (files / "empty").write_text("\n\n")
     refuses("transformer_mt", own + "empty", "empty")
     (files / "latin").write_bytes((files / "b").read_bytes().replace("ü".encode(), b"\xfc", 1))
     assert re.search(r"line \d+", refuses("transformer_mt", own + "latin", "not UTF-8"))
@@ -302,12 +291,12 @@ def test_bad_files(files, refuses, monkeypatch):
     raw = files / "data" / "multi30k" / "raw"
     raw.mkdir(parents=True)
     litter(raw, "train.en.gz")  # which is no test split, either
-    monkeypatch.setattr(mt, "download", lambda url, path, digest: asked.append(path.name))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, digest, progress: asked.append((path.name, digest)))
     asked = []
     for name in ("train.en", "train.de", "val.en", "val.de"):
         (raw / f"{name}.gz").write_bytes(gzip.compress(b"Ja .\n"))
     refuses("transformer_mt", f"{SMALL} --data multi30k", "no test split")
-    assert asked == ["test_2016_flickr.en.gz", "test_2016_flickr.de.gz"]
+    assert asked == [(name, mt.DIGESTS[name]) for name in ("test_2016_flickr.en.gz", "test_2016_flickr.de.gz")]
     refuses("transformer_mt", f"{SMALL} --data multi30k-tok", "multi30k/tok", "data/README.md")
     for size in (10, 2**31):
         refuses("transformer_mt", own + f"b --vocab_size {size}", "--vocab_size")
