@@ -95,8 +95,8 @@ class Config:
 
 # d_model, heads, layers, d_ff
 SIZES = {"tiny": (128, 4, 4, 256), "small": (256, 4, 3, 512), "base": (512, 8, 6, 2048)}
-PRESETS = {"demo": {"size": "tiny", "vocab_size": 300, "epochs": 6, "batch_size": 2500, "lr": 3e-3,
-                    "warmup": 200, "dropout": 0.1, "eval_every": 200, "ema": 0.99},
+PRESETS = {"demo": {"size": "tiny", "vocab_size": 300, "epochs": 4, "batch_size": 1400,
+                    "warmup": 100, "dropout": 0.1, "eval_every": 100, "ema": 0.99},
            "multi30k-tok": {"epochs": 24, "dropout": 0.3}}
 MODES = {"train": ("", "train, then test (default)"),
          "eval": ("", "test a checkpoint; the translations are written as text"),
@@ -285,13 +285,18 @@ def beam_search(model, src, beam_size=5, length_penalty=1.0, max_len=100):
         caches = [cache[:, rows] for cache in caches]
 
 
-def rdrop_loss(logits, tgt):
-    """The divergence of R-drop (Liang et al., 2021, equation 2), summed over the target tokens: the mean of
-    both KL divergences between the predictions under two dropout masks. Logits (2 B, T, V) and targets
-    (2 B, T) hold a batch twice -> ()."""
-    log_p, log_q = logits.float().log_softmax(-1).chunk(2)
-    divergence = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2  # (B, T)
-    return (divergence * (tgt[: len(log_p)] != PAD)).sum()
+def loss_sums(logits, tgt, smoothing, rdrop=0.0):
+    """{name: sum over the target tokens} for logits (B, T, V) and targets (B, T): the cross-entropy with
+    label smoothing (section 5.4). With `rdrop` the batch holds all pairs twice, under two dropout masks, and
+    the loss is half of R-drop's (Liang et al., 2021, equation 4), rdrop being its alpha."""
+    log_p, real = logits.float().log_softmax(-1), tgt != PAD
+    nll = -log_p.gather(2, tgt[:, :, None])[:, :, 0]
+    loss = (((1 - smoothing) * nll - smoothing * log_p.mean(-1)) * real).sum()
+    if not rdrop:
+        return {"loss": loss}
+    p, q = log_p.chunk(2)  # the mean of both KL divergences:
+    divergence = (((p.exp() - q.exp()) * (p - q)).sum(-1) / 2 * real[: len(p)]).sum()
+    return {"loss": (loss + rdrop * divergence) / 2, "rdrop": divergence}
 
 
 # DATA -------------------------------------------------------------------------------------------------------
@@ -1023,12 +1028,8 @@ def main(argv=None):
             src, tgt = src.repeat(2, 1), tgt.repeat(2, 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             logits = model(src, F.pad(tgt, (1, -1), value=BOS))  # shifted right
-            loss = F.cross_entropy(logits.flatten(0, 1), tgt.flatten(), ignore_index=PAD, reduction="sum",
-                                   label_smoothing=cfg.label_smoothing) * WORLD / tokens
-        losses = {"loss": loss}
-        if cfg.rdrop:  # half of the paper's equation 4, as all pairs are there twice
-            divergence = rdrop_loss(logits, tgt) * WORLD / tokens
-            losses = {"loss": (loss + cfg.rdrop * divergence) / 2, "rdrop": divergence}
+        losses = loss_sums(logits, tgt, cfg.label_smoothing, cfg.rdrop)
+        losses = {name: total * WORLD / tokens for name, total in losses.items()}
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         optimizer.step()

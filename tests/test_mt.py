@@ -185,14 +185,18 @@ def test_layers_equal_pytorchs():
     assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-5)
 
 
-def test_rdrop_is_the_mean_of_two_divergences():
+def test_losses_equal_pytorchs():
     torch.manual_seed(0)
     logits, tgt = torch.randn(4, 3, 7), torch.tensor([[4, 5, 2], [4, 2, 0]]).repeat(2, 1)
+    entropy = nn.functional.cross_entropy(logits.flatten(0, 1), tgt.flatten(), ignore_index=0, reduction="sum", label_smoothing=0.3)
+    assert mt.loss_sums(logits, tgt, 0.3)["loss"].item() == pytest.approx(entropy.item(), rel=1e-5)
     p, q = logits.double().softmax(-1).chunk(2)
     kl = nn.functional.kl_div
-    expected = sum((kl(q[i, j].log(), p[i, j], reduction="sum") + kl(p[i, j].log(), q[i, j], reduction="sum")) / 2
-                   for i, j in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)))
-    assert mt.rdrop_loss(logits, tgt).item() == pytest.approx(expected.item(), rel=1e-5)
+    divergence = sum((kl(q[i, j].log(), p[i, j], reduction="sum") + kl(p[i, j].log(), q[i, j], reduction="sum")) / 2
+                     for i, j in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)))
+    sums = mt.loss_sums(logits, tgt, 0.3, 5.0)
+    assert sums["rdrop"].item() == pytest.approx(divergence.item(), rel=1e-5)
+    assert sums["loss"].item() == pytest.approx((entropy + 5 * divergence).item() / 2, rel=1e-5)
 
 
 def test_positions_and_learning_rate():
