@@ -545,27 +545,12 @@ def translate(model, sp, ids, cfg, device, beam_size):
     return sp.decode([[i for i in row if i != PAD] for row in rows])
 
 
-@torch.no_grad()
-def perplexity(model, src, tgt, device):
-    """exp of the mean negative log-likelihood of the target tokens, EOS included, without label smoothing."""
-    sums = torch.zeros(2, device=device)
-    for start in range(100 * RANK, len(src), 100 * WORLD):
-        x, y = padded(src[start : start + 100], device), padded(tgt[start : start + 100], device)
-        logits = model(x, F.pad(y, (1, -1), value=BOS))
-        sums[0] += F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=PAD, reduction="sum")
-        sums[1] += (y != PAD).sum()
-    total, count = all_sum(sums).tolist()
-    return math.exp(min(total / count, 700))
-
-
 def evaluate(model, sp, cfg, pair, device, beam_size):
     """(figures, hypotheses) of a split; `bleu` has 13a's tokens, in a tokenised set those between spaces."""
-    model.eval()
-    src, tgt = (encode_text(sp, side, cfg.max_len) for side in pair)
-    hypotheses = translate(model, sp, src, cfg, device, beam_size)
+    ids = encode_text(sp, pair[0], cfg.max_len)
+    hypotheses = translate(model.eval(), sp, ids, cfg, device, beam_size)
     tokenize = "none" if cfg.data.endswith("-tok") else "13a"
-    return {"bleu": bleu(hypotheses, pair[1], tokenize), "chrf": chrf(hypotheses, pair[1]),
-            "ppl": perplexity(model, src, tgt, device)}, hypotheses
+    return {"bleu": bleu(hypotheses, pair[1], tokenize), "chrf": chrf(hypotheses, pair[1])}, hypotheses
 
 
 def score(model, sp, cfg, data, folder, device):
