@@ -991,7 +991,7 @@ def main(argv=None):
         load_weights(raw, old["model"], cfg.init)
     on_cuda = device.type == "cuda" and sys.platform == "linux"
     if cfg.compile == "on" or (cfg.compile == "auto" and on_cuda):
-        raw.compile()  # in place, so that its weights keep their names
+        raw.compile(dynamic=True)  # one graph for all lengths; in place, so that its weights keep their names
     model = nn.parallel.DistributedDataParallel(raw, broadcast_buffers=False) if WORLD > 1 else raw
 
     def fetch(step):
