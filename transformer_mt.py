@@ -2,7 +2,7 @@
 
     python transformer_mt.py --data demo                     # a generated grammar: no download, no GPU
     python transformer_mt.py --data multi30k                 # English to German; 2 MB downloaded on first use
-    python transformer_mt.py --data multi30k-tok             # its lower-cased, tokenised form
+    python transformer_mt.py --data multi30k-tok             # lower-cased and tokenised: data/README.md
     python transformer_mt.py --train_src a.en --train_tgt a.de    # your own: two line-aligned files
     torchrun --nproc_per_node=8 transformer_mt.py --data multi30k
     python transformer_mt.py --data multi30k --resume        # continue a run that was stopped
@@ -17,11 +17,11 @@ Measured on one thread of a CPU with bfloat16 (AMD EPYC), other work beside it; 
     --data multi30k       38.80 BLEU (sacrebleu's 13a, cased), 63.55 chrF on test_2016_flickr; 75 minutes
     --data multi30k-tok   39.97 BLEU in the literature's lower-cased, tokenised form; 81 minutes
 
-The literature's Transformer-Tiny has 41.02 BLEU in the tokenised form (Wu et al., below).
+The literature's Transformer-Tiny reaches 41.02 BLEU in the tokenised form (Wu et al., below).
 
 Paper: Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762. BLEU: Papineni et al., 2002, as in
 Post, "A Call for Clarity in Reporting BLEU Scores", 2018; chrF: Popovic, 2015. Data: Elliott et al.,
-"Multi30K", 2016, arXiv 1605.00459. Small models for it: Wu et al., "Good for Misconceived Reasons", 2021,
+"Multi30K", 2016, arXiv 1605.00459; small models for it: Wu et al., "Good for Misconceived Reasons", 2021,
 arXiv 2105.14462. R-drop: Liang et al., 2021, arXiv 2106.14448.
 """
 # /// script
@@ -70,7 +70,7 @@ class Config:
     dtype: str = "auto"  # auto|float32|bfloat16: precision of training (autocast); metrics are always float32
     compile: str = "auto"  # auto|on|off: torch.compile; auto: on for CUDA under Linux
     seed: int = 0  # seed of the initial weights, the order of the data, and the noise
-    batch_size: int = 2000  # tokens per step on the longer side, padding included, over all processes
+    batch_size: int = 2000  # tokens per step, source or target, whichever are more; over all processes
     lr: float = 2e-3  # peak learning rate
     max_steps: int = 0  # end the training after this many steps; 0: after all epochs
     max_minutes: float = 0.0  # save and stop after this many minutes; 0: no limit
@@ -148,15 +148,15 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, d_model, n_heads, d_ff, dropout):
         super().__init__()
-        self.attention, self.norm1 = Attention(d_model, n_heads), nn.LayerNorm(d_model)
+        self.attention, self.attention_norm = Attention(d_model, n_heads), nn.LayerNorm(d_model)
         self.feed_forward = nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
-        self.norm2, self.dropout = nn.LayerNorm(d_model), nn.Dropout(dropout)
+        self.feed_forward_norm, self.dropout = nn.LayerNorm(d_model), nn.Dropout(dropout)
 
     def forward(self, x, mask):
         """x (B, S, D), mask (B, 1, 1, S) -> (B, S, D)."""
-        y = self.norm1(x)
+        y = self.attention_norm(x)
         x = x + self.dropout(self.attention(y, self.attention.keys_and_values(y), mask))
-        return x + self.dropout(self.feed_forward(self.norm2(x)))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class DecoderLayer(EncoderLayer):
@@ -164,24 +164,24 @@ class DecoderLayer(EncoderLayer):
 
     def __init__(self, d_model, n_heads, d_ff, dropout):
         super().__init__(d_model, n_heads, d_ff, dropout)
-        self.cross, self.norm3 = Attention(d_model, n_heads), nn.LayerNorm(d_model)
+        self.cross, self.cross_norm = Attention(d_model, n_heads), nn.LayerNorm(d_model)
 
     def forward(self, x, memory, mask, past=None):
         """T target tokens x (B, T, D) -> (B, T, D), and the keys and values of all target tokens so far.
 
         `memory` (2, B, H, S, D/H) holds the keys and values of the source, whose mask is (B, 1, 1, S); `past`
         (2, B, H, L, D/H) those of the L target tokens before x. Padding needs no mask of its own: it comes
-        last, where no token looks.
+        last, where `causal` hides it.
         """
-        y = self.norm1(x)
+        y = self.attention_norm(x)
         cache = self.attention.keys_and_values(y)
         if past is not None:
             cache = torch.cat([past, cache], 3)
-        new, length = x.shape[1], cache.shape[3]
+        new, length = x.shape[1], cache.shape[3]  # a token sees itself and those before it
         causal = torch.ones(new, length, dtype=torch.bool, device=x.device).tril(length - new)
         x = x + self.dropout(self.attention(y, cache, causal))
-        x = x + self.dropout(self.cross(self.norm3(x), memory, mask))
-        return x + self.dropout(self.feed_forward(self.norm2(x))), cache
+        x = x + self.dropout(self.cross(self.cross_norm(x), memory, mask))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), cache
 
 
 class Transformer(nn.Module):
@@ -220,10 +220,8 @@ class Transformer(nn.Module):
     def decode(self, tgt, memory, mask, caches=None):
         """T target tokens (B, T) -> logits (B, T, V) of the token after each, and each layer's keys and
         values so far, which the next call takes as `caches`. `memory` and `mask` are encode's."""
-        caches = caches or [None] * len(self.decoder)
-        x = self.embed(tgt, 0 if caches[0] is None else caches[0].shape[3])
-        new_caches = []
-        for layer, source, past in zip(self.decoder, memory, caches):
+        x, new_caches = self.embed(tgt, caches[0].shape[3] if caches else 0), []
+        for layer, source, past in zip(self.decoder, memory, caches or [None] * len(self.decoder)):
             x, cache = layer(x, source, mask, past)
             new_caches.append(cache)
         return F.linear(self.decoder_norm(x), self.embedding.weight), new_caches
@@ -264,7 +262,7 @@ def beam_search(model, src, beam_size=5, length_penalty=1.0, max_len=100):
         logits[:, [PAD, BOS, UNK]] = -math.inf  # never part of a translation
         log_p = logits.log_softmax(-1)
         if length == max_len:
-            log_p[:, :EOS], log_p[:, EOS + 1 :] = -math.inf, -math.inf
+            log_p[:, :EOS] = log_p[:, EOS + 1 :] = -math.inf  # every hypothesis ends here
         total = scores[:, :, None] + log_p.unflatten(0, (b, k))  # (B, K, V)
         best, index = total.flatten(1).topk(2 * k)  # 2 K candidates, of which at most K end
         token = index % total.shape[2]
@@ -327,7 +325,7 @@ ARTICLES = {"nom": {"m": "der ein", "f": "die eine", "n": "das ein"},
 
 
 def demo_pair(rng):
-    """An English sentence and its German translation: gender, case, and the verb second or last."""
+    """An English sentence and its German translation, with gender, case, and the verb second or last."""
     def pick(lines):
         return lines[rng.integers(len(lines))].split()
 
@@ -425,15 +423,16 @@ def divide(pairs):
 
 
 def train_vocabulary(texts, cfg):
-    """A joint byte-pair encoding of the training sentences only: SentencePiece's model as uint8 (n,)."""
+    """A joint byte-pair encoding of the training sentences only: SentencePiece's model file as uint8 (n,)."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=cfg.vocab_size,
             hard_vocab_limit=False, character_coverage=1.0, pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK,
-            num_threads=1, minloglevel=2)
+            num_threads=1, minloglevel=2, max_sentence_length=10**6)
     except (RuntimeError, OSError, ValueError) as e:
-        raise UserError(f"--vocab_size {cfg.vocab_size}: no vocabulary could be made ({e})") from None
+        problem = f"no vocabulary could be made ({e}); it must exceed the number of different characters"
+        raise UserError(f"--vocab_size {cfg.vocab_size}: {problem}") from None
     return torch.from_numpy(np.frombuffer(model.getvalue(), np.uint8).copy())
 
 
@@ -450,30 +449,28 @@ def encode_text(sp, sentences, max_len):
 
 
 def padded(rows, device):
-    """Lists of ids -> (B, T), filled up with PAD."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, PAD).to(device)
+    """Lists of ids -> (B, T), filled up with PAD, which is 0."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
 
 def make_batches(src, tgt, budget, device):
     """Pairs of similar lengths together, so that there is little padding, with at most `budget` tokens on
     either side: [(source ids (B, S), target ids (B, T), number of target tokens without padding)]."""
-    groups, width = [[]], 0
+    groups, width = [], 0
     for i in sorted(range(len(src)), key=lambda i: (len(tgt[i]), len(src[i]))):
-        width = max(width, len(tgt[i]), len(src[i]))
-        if groups[-1] and (len(groups[-1]) + 1) * width > budget:
+        size = max(len(tgt[i]), len(src[i]))
+        width = max(width, size)
+        if not groups or (len(groups[-1]) + 1) * width > budget:
             groups.append([])
-            width = max(len(tgt[i]), len(src[i]))
+            width = size
         groups[-1].append(i)
-    batches = []
-    for group in groups:
-        x, y = (padded([side[i] for i in group], device) for side in (src, tgt))
-        batches.append((x, y, int((y != PAD).sum())))
-    return batches
+    pairs = ([padded([side[i] for i in group], device) for side in (src, tgt)] for group in groups)
+    return [(x, y, int((y != PAD).sum())) for x, y in pairs]
 
 
 # METRICS ----------------------------------------------------------------------------------------------------
 def tokenize_13a(line):
-    """mteval-v13a's tokens, which WMT scores are counted in: a string -> a list of strings."""
+    """A line's tokens as mteval-v13a, the standard of WMT, splits it: a string -> a list of strings."""
     line = line.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for entity, sign in ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"):
         line = line.replace(entity, sign)
@@ -500,16 +497,13 @@ def bleu(hypotheses, references, tokenize="13a", lowercase=False):
         sizes = [sizes[0] + len(hyp), sizes[1] + len(ref)]
         for n in range(4):
             found = ngrams(hyp, n + 1)
-            total[n] += sum(found.values())
+            total[n] += found.total()
             match[n] += (found & ngrams(ref, n + 1)).total()
     if not match[0] or not total[3]:
         return 0.0
-    logs, half = [], 1
-    for m, t in zip(match, total):
-        half *= 1 if m else 2
-        logs.append(math.log(100 * m / t if m else 100 / (half * t)))
-    brevity = min(0.0, 1 - sizes[1] / sizes[0])
-    return math.exp(brevity + sum(logs) / 4)
+    precisions = [(m or 0.5 ** match[: n + 1].count(0)) / t for n, (m, t) in enumerate(zip(match, total))]
+    brevity = math.exp(min(0.0, 1 - sizes[1] / sizes[0]))
+    return 100 * brevity * statistics.geometric_mean(precisions)
 
 
 def chrf(hypotheses, references):
@@ -535,8 +529,9 @@ def translate(model, sp, ids, cfg, device, beam_size):
     """Lists of ids -> list of strings; each process does its share, and all get the result."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # sentences of similar length go together
     output = torch.zeros(len(ids), cfg.max_len, dtype=torch.long)
-    for start in range(100 * RANK, len(ids), 100 * WORLD):
-        chosen = order[start : start + 100]
+    size = max(1, 10_000 // cfg.max_len)  # sentences at a time
+    for start in range(size * RANK, len(ids), size * WORLD):
+        chosen = order[start : start + size]
         src = padded([ids[i] for i in chosen], device)
         limit = min(cfg.max_len, 2 * src.shape[1] + 10)
         for i, row in zip(chosen, beam_search(model, src, beam_size, cfg.length_penalty, limit)):
@@ -546,7 +541,7 @@ def translate(model, sp, ids, cfg, device, beam_size):
 
 
 def evaluate(model, sp, cfg, pair, device, beam_size):
-    """(figures, hypotheses) of a split; `bleu` has 13a's tokens, in a tokenised set those between spaces."""
+    """(figures, hypotheses) of a split; BLEU counts 13a's tokens, in a tokenised set what spaces divide."""
     ids = encode_text(sp, pair[0], cfg.max_len)
     hypotheses = translate(model.eval(), sp, ids, cfg, device, beam_size)
     tokenize = "none" if cfg.data.endswith("-tok") else "13a"
@@ -573,15 +568,10 @@ def draw(model, sp, cfg, sentence, folder, device):
     [ids] = encode_text(sp, [sentence], cfg.max_len)
     src, maps = padded([ids], device), []
     [out] = beam_search(model, src, cfg.beam_size, cfg.length_penalty, min(cfg.max_len, 2 * len(ids) + 10))
-
-    def keep(cross, args, _):
-        x, (keys, _), mask = args
-        maps.append(cross.weights(x, keys, mask))
-
-    hooks = [layer.cross.register_forward_hook(keep) for layer in model.decoder]
+    for layer in model.decoder:
+        layer.cross.register_forward_hook(lambda cross, args, _: maps.append(
+            cross.weights(args[0], args[1][0], args[2])))  # x, (keys, values), mask
     model(src, torch.tensor([[BOS, *out]], device=device))
-    for hook in hooks:
-        hook.remove()
     axes = figure.add_subplot(xlabel="source", ylabel="translation")
     axes.imshow(torch.stack(maps).mean((0, 1, 2)).cpu().numpy(), cmap="Blues", vmin=0)  # (T, S)
     axes.set_xticks(range(len(ids)), sp.id_to_piece(ids), rotation=90, parse_math=False)
@@ -595,7 +585,7 @@ def build(cfg, sp, device):
 
 def predict(mode, inputs, flags):
     """The modes eval and translate."""
-    with contextlib.redirect_stdout(sys.stderr if mode == "translate" else sys.stdout):  # there, text only
+    with contextlib.redirect_stdout(sys.stderr if mode == "translate" else sys.stdout):
         cfg, ckpt, device, folder = open_checkpoint(flags)
         sp = tokenizer(ckpt["vocabulary"])
         model = build(cfg, sp, device).eval()
@@ -607,9 +597,10 @@ def predict(mode, inputs, flags):
             say(f"BLEU as sacrebleu's: nrefs:1|{form}|eff:no|smooth:exp")
             return
         given = [sys.stdin.buffer.read() if RANK == 0 and not inputs else b""]
-        if WORLD > 1:  # all processes have the same standard input
+        if WORLD > 1:  # all share one standard input
             dist.broadcast_object_list(given)
-        lines = [" ".join(decode_lines(os.fsencode(text), "the text given")) for text in inputs]
+        texts = [text.encode("utf-8", "surrogateescape") for text in inputs]
+        lines = [" ".join(decode_lines(text, "the text given")) for text in texts]
         lines = lines or decode_lines(given[0], "the standard input")
         if ckpt["config"]["data"].endswith("-tok"):
             say("note: this model was trained on lower-cased, tokenised text; the input is only lower-cased")
@@ -956,11 +947,12 @@ def bench(run, fetch, update, count):
 @one_line_errors()
 def main(argv=None):
     mode, inputs, flags = parse_args(argv)
-    if bool(flags.get("train_src")) != bool(flags.get("train_tgt")):
+    own = [name for name in ("train_src", "train_tgt") if flags.get(name)]
+    if len(own) == 1:
         raise UserError("--train_src and --train_tgt go together: a text and its translation")
-    if flags.get("train_src"):  # the user's two files are a data set of their own
-        if flags.get("data", "own") != "own":
-            raise UserError(f"--data {flags['data']}: --train_src and --train_tgt are another data set")
+    if own and flags.get("data", "auto") not in ("auto", "own"):
+        raise UserError(f"--data {flags['data']}: --train_src and --train_tgt are another data set")
+    if own:
         flags["data"] = "own"
     if mode not in ("train", "bench"):
         return predict(mode, inputs, flags)
@@ -982,7 +974,7 @@ def main(argv=None):
     raw = build(cfg, sp, device)
     average = copy.deepcopy(raw)  # moving average of the weights
     decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # a short schedule needs a shorter memory
-    optimizer = torch.optim.Adam(raw.parameters(), cfg.lr, (0.9, 0.98), 1e-9, fused=True)  # section 5.3
+    optimizer = torch.optim.Adam(raw.parameters(), cfg.lr, betas=(0.9, 0.98), eps=1e-9, fused=True)
     if ckpt:
         raw.load_state_dict(ckpt["model"])
         average.load_state_dict(ckpt["average"])
@@ -1000,7 +992,7 @@ def main(argv=None):
         epoch, place = divmod(step - 1, len(batches))
         order = np.random.default_rng(seed_for(cfg.seed, epoch)).permutation(len(batches))
         src, tgt, tokens = batches[order[place]]
-        torch.manual_seed(seed_for(cfg.seed, step, RANK))
+        torch.manual_seed(seed_for(cfg.seed, step, RANK))  # of the dropout
         return src[RANK::WORLD], tgt[RANK::WORLD], tokens
 
     def update(step, batch):
@@ -1008,7 +1000,6 @@ def main(argv=None):
         src, tgt, tokens = batch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step, schedule)
-        raw.train()
         if cfg.rdrop:  # each pair twice, with two dropout masks
             src, tgt = src.repeat(2, 1), tgt.repeat(2, 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
@@ -1018,8 +1009,9 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         optimizer.step()
-        with torch.no_grad():  # the average begins with the weights after the first step
-            torch._foreach_lerp_(list(average.parameters()), list(raw.parameters()), 1 - decay * (step > 1))
+        with torch.no_grad():
+            weight = 1 - decay if step > 1 else 1.0  # it begins with the weights after the first step
+            torch._foreach_lerp_(list(average.parameters()), list(raw.parameters()), weight)
         return losses
 
     if mode == "bench":
@@ -1032,7 +1024,7 @@ def main(argv=None):
         if check:
             figures, _ = evaluate(average, sp, cfg, data["val"], device, 1)
             run.write("val", figures)
-            if run.best is None or figures["bleu"] > run.best:
+            if run.best is None or figures["bleu"] >= run.best:
                 run.best = figures["bleu"]
                 run.save("best.pt", model=average.state_dict(), vocabulary=vocabulary)
         if save:
@@ -1043,13 +1035,13 @@ def main(argv=None):
 
     average.load_state_dict(load_checkpoint(run.folder / "best.pt")["model"])
     figures = score(average, sp, cfg, data, run.folder, device)
-    [(first, *_), _] = data[list(data)[2]]
-    draw(average, sp, cfg, first, run.folder, device)
+    draw(average, sp, cfg, data[list(data)[2]][0][0], run.folder, device)  # the first test sentence
     run.finish(figures)
 
 
 def learning_rate(cfg, step, schedule):
-    """Linear warm-up, in a third of a short schedule at most, then half a cosine down to zero."""
+    """Linear warm-up, in a third of a short schedule at most, then half a cosine down to zero. (In the paper,
+    equation 3, it falls with the root of the step.)"""
     warmup = max(1, min(cfg.warmup, schedule // 3))
     return cfg.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / schedule))
 

@@ -158,7 +158,7 @@ def test_layers_equal_pytorchs():
     for mine, theirs in pairs:
         for p in theirs.parameters():
             nn.init.normal_(p, 0, 0.3) if p.dim() > 1 else nn.init.zeros_(p)
-        norms = [mine.norm1, mine.norm2] if isinstance(theirs, nn.TransformerEncoderLayer) else [mine.norm1, mine.norm3, mine.norm2]
+        norms = [mine.attention_norm, *([mine.cross_norm] if hasattr(mine, "cross") else []), mine.feed_forward_norm]
         for number, norm in enumerate(norms, 1):
             nn.init.normal_(norm.weight)
             getattr(theirs, f"norm{number}").load_state_dict(norm.state_dict())
