@@ -87,7 +87,7 @@ class Config:
     warmup: int = 300  # 0 to 1000000, steps in which the learning rate rises
     dropout: float = 0.25  # 0 to 0.99, dropout on the embeddings and on the output of each sublayer
     label_smoothing: float = 0.1  # 0 to 1, label smoothing of the loss
-    rdrop: float = 0.0  # 0 to 100, alpha of R-drop; 5 translates better and doubles a step's time
+    rdrop: float = 0.0  # 0 to 100, alpha of R-drop (5 in its paper), which doubles a step's time; 0: none
     ema: float = 0.995  # 0 to 1, decay of the moving average of the weights, which is tested and saved
     beam_size: int = 5  # hypotheses kept in beam search
     length_penalty: float = 2.0  # 0 to 100, alpha of Wu et al. (2016, eq. 14); more favours long sentences
