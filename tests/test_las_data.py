@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+import sys
 import tarfile
 import urllib.error
 
@@ -34,6 +35,18 @@ def test_spec_augment_masks_each_sound_by_itself():
     assert len({tuple(frames.tolist()) for frames, _ in stripes}) > 8
     assert all(frames.sum() <= 40 and features.sum() <= 48 for frames, features in stripes)
     assert 0.05 < (y == 0).float().mean() < 0.6 and set(y.unique().tolist()) == {0.0, 1.0}
+
+
+def test_features_and_the_demo_need_no_soundfile(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "soundfile", None)  # as if it were not installed
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(30, 13)))
+    assert las.read_features(tmp_path / "a.npy").shape == (30, 13)
+    item = ("HELLO", 100.0, 1.0, 1.0, 0)
+    assert las.read_features(item).shape[1] == 80
+    (tmp_path / "b.wav").write_bytes(b"RIFF")
+    monkeypatch.setattr(las, "find_utterances", lambda *_: {"val": [(tmp_path / "b.wav", "HELLO")]})
+    with pytest.raises(ImportError, match="soundfile"):  # and is no reason to skip a file
+        las.load_data(las.Config(data="demo"), training=False)
 
 
 def test_text_is_mapped_where_obvious():
