@@ -1265,13 +1265,13 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     raw = build(cfg, data["classes"], device)
     centers = CenterLoss(len(data["classes"]), raw.norm.weight.numel()).to(device)
-    decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # so that 2 % of the first weights are left at most
+    average = copy.deepcopy(raw)  # moving average of the weights
+    decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # a short schedule needs a shorter memory
     if ckpt:
         raw.load_state_dict(ckpt["model"])
+        average.load_state_dict(ckpt["average"])
     elif cfg.init:
         load_weights(raw, initial_weights(cfg), cfg.init)
-    average = copy.deepcopy(raw)  # moving average of the weights
-    average.load_state_dict(ckpt.get("average", raw.state_dict()))
     blocks = [m for m in raw.modules() if isinstance(m, Block)] if cfg.size in MUON else []
     matrices = [weight for block in blocks for weight in (block.expand.weight, block.reduce.weight)]
     rest = [p for p in raw.parameters() if all(p is not m for m in matrices)]
@@ -1321,8 +1321,9 @@ def main(argv=None):
             optimizer.step()
         if cfg.loss == "center":
             centers.update(features.detach(), y)
-        with torch.no_grad():  # the average begins with the weights after the first step
-            torch._foreach_lerp_(list(average.parameters()), list(raw.parameters()), 1 - decay * (step > 1))
+        with torch.no_grad():
+            weight = 1 - decay if step > 1 else 1.0  # it begins with the weights after the first step
+            torch._foreach_lerp_(list(average.parameters()), list(raw.parameters()), weight)
         return losses
 
     if mode == "bench":

@@ -15,6 +15,7 @@ Measured on one thread of a CPU with bfloat16 (AMD EPYC), other work beside it; 
 
     --data demo           100.0 BLEU on unseen sentences; 1 minute
     --data multi30k-tok   39.48 BLEU, 64.01 chrF on test_2016_flickr, lower-cased and tokenised; 69 minutes
+                          with the two variables of docs/speed.md
 
 The literature's Transformer-Tiny reaches 41.02 BLEU there (Wu et al., below).
 
@@ -543,8 +544,9 @@ def evaluate(model, sp, cfg, pair, device, beam_size):
     """(figures, hypotheses) of a split; BLEU counts 13a's tokens, in a tokenised set what spaces divide."""
     ids = encode_text(sp, pair[0], cfg.max_len)
     hypotheses = translate(model.eval(), sp, ids, cfg, device, beam_size)
-    tokenize = "none" if cfg.data.endswith("-tok") else "13a"
-    return {"bleu": bleu(hypotheses, pair[1], tokenize), "chrf": chrf(hypotheses, pair[1])}, hypotheses
+    tok = cfg.data.endswith("-tok")
+    figures = {"bleu": bleu(hypotheses, pair[1], "none" if tok else "13a", lowercase=tok)}
+    return figures | {"chrf": chrf(hypotheses, pair[1])}, hypotheses
 
 
 def score(model, sp, cfg, data, folder, device):

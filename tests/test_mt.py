@@ -241,6 +241,32 @@ def test_batches_hold_every_pair_once():
     assert (x.tolist(), y.tolist(), tokens) == (src[:1], tgt[:1], len(tgt[0]))
 
 
+def test_an_epoch_has_every_pair_once_in_another_order(files, monkeypatch):
+    box = {}
+    monkeypatch.setattr(mt, "bench", lambda run, fetch, update, count: box.update(fetch=fetch))
+    mt.main(f"bench {SMALL} --batch_size 60 --train_src a --train_tgt b".split())
+    fetch, orders = box["fetch"], []
+    pairs = len(mt.load_data(mt.Config(data="own", train_src="a", train_tgt="b"))["train"][0])
+    length = next(n for n in range(1, 99) if sum(len(fetch(step)[0]) for step in range(1, n + 1)) == pairs)
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * length + 1, (epoch + 1) * length + 1):
+            x, y, tokens = fetch(step)
+            seen += list(zip(x.tolist(), y.tolist()))
+            shares = []
+            for rank in range(2):
+                monkeypatch.setattr(mt, "RANK", rank)
+                monkeypatch.setattr(mt, "WORLD", 2)
+                part = fetch(step)
+                assert part[2] == tokens
+                shares += part[1].tolist()
+            monkeypatch.setattr(mt, "RANK", 0)
+            monkeypatch.setattr(mt, "WORLD", 1)
+            assert sorted(shares) == sorted(y.tolist())
+        orders.append(seen)
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1] and len(orders[0]) == pairs
+
+
 def test_the_demo_is_german():
     english, german = mt.demo_pairs(2000)
     assert len(set(english)) == 2000 and (english, german) == tuple(mt.demo_pairs(2000))
@@ -273,8 +299,9 @@ def test_bad_files(files, refuses, monkeypatch):
     refuses("transformer_mt", own + "missing", "missing")
     (files / "short").write_text("eins\nzwei\n")
     refuses("transformer_mt", own + "short", "60 lines", "short 2")
-    (files / "empty").write_text("\n\n")
-    refuses("transformer_mt", own + "empty", "empty")
+    for nothing in ("", "\n\n"):
+        (files / "empty").write_text(nothing)
+        refuses("transformer_mt", own + "empty", "is empty")
     (files / "latin").write_bytes((files / "b").read_bytes().replace("ü".encode(), b"\xfc", 1))
     assert re.search(r"line \d+", refuses("transformer_mt", own + "latin", "not UTF-8"))
     (files / "cut.gz").write_bytes(gzip.compress((files / "b").read_bytes())[:-40])
