@@ -28,7 +28,7 @@ loss: Kim et al., "Joint CTC-attention", 2017, arXiv 1609.06773; SpecAugment: Pa
 # ///
 import argparse
 import contextlib
-import functools
+import csv
 import hashlib
 import inspect
 import json
@@ -81,21 +81,20 @@ class Config:
     ctc_weight: float = 0.3  # 0 to 1, weight of the CTC loss on the listener; 0: none in the search, either
     teacher: float = 0.9  # 0 to 1, scheduled sampling: final share of true characters fed to the speller
     specaugment: float = 1.0  # 0 to 3, strength of SpecAugment; 0: none
-    speeds: str = "0.9 1.0 1.1"  # speed perturbation: the speeds at which recordings are heard
+    speed: float = 0.1  # 0 to 0.5, speed perturbation: each recording is up to this much slower or faster
     epochs: int = 20  # passes over the training set
     warmup: int = 500  # 0 to 1000000, steps in which the learning rate rises
     beam_size: int = 4  # hypotheses kept in beam search
-    json: bool = False  # transcribe: print one JSON object per file, with its score
 
 
 PRESETS = {
-    "demo": {"epochs": 10, "hidden": 128, "speller": 128, "speeds": "1.0", "dropout": 0.1, "batch_size": 4000,
+    "demo": {"epochs": 10, "hidden": 128, "speller": 128, "speed": 0.0, "dropout": 0.1, "batch_size": 4000,
              "warmup": 100, "lr": 3e-3, "eval_every": 100, "log_every": 20},
-    "speech": {"epochs": 4, "batch_size": 4000, "lr": 2e-3, "warmup": 200, "dropout": 0.1, "specaugment": 0.5,
-               "ctc_weight": 0.5, "eval_every": 1000},
-    "librispeech": {"hidden": 512, "stack": 1, "layers": 2, "speller": 512, "batch_size": 96000, "epochs": 40,
-                    "warmup": 2000},
-    "hw4p2": {"epochs": 24, "batch_size": 4000}}
+    "speech": {"epochs": 12, "batch_size": 4000, "lr": 2e-3, "warmup": 200, "dropout": 0.1,
+               "specaugment": 0.5, "ctc_weight": 0.5, "eval_every": 1000},
+    "librispeech": {"epochs": 120, "hidden": 512, "stack": 1, "layers": 2, "speller": 512,
+                    "batch_size": 96000, "warmup": 2000},
+    "hw4p2": {"epochs": 72, "batch_size": 4000}}
 MODES = {"train": ("", "train, then test (default)"),
          "eval": ("", "test a checkpoint; the transcripts are written as TSV"),
          "transcribe": ("FILE...", "print the text of each sound file"),
@@ -110,96 +109,44 @@ ALPHABET = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # MODEL ------------------------------------------------------------------------------------------------------
 def reverse(x, lengths):
-    """Each sequence of (B, T, F) turned round within its own length (B,); what comes after it stays."""
+    """Reverses each sequence of (B, T, F) within its length (B,); the padding stays where it is."""
     at = torch.arange(x.shape[1], device=x.device)
     back = lengths[:, None] - 1 - at
     return x.gather(1, torch.where(back < 0, at, back)[:, :, None].expand_as(x))
 
 
-class WithWeight(torch.autograd.Function):
-    """Takes the gradient of a weight out of a loop over time. Each y_t = added_t + x_t w^T costs a product
-    and an addition of the size of w in the backward pass; here the loop uses w detached and appends x_t to
-    the list `xs`, and one product over all t makes the gradient. That holds if added_t goes into y_t and
-    nowhere else: what arrives here as its gradient is then that of y_t.
-
-    added (T, B, N), w (N, K) or one for each sound (B, N, K), x_t (B, K) -> added.
-    """
-
-    @staticmethod
-    def forward(ctx, added, w, xs):
-        ctx.xs, ctx.shared = xs, w.dim() == 2
-        return added.view_as(added)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, ctx.xs = torch.stack(ctx.xs), None  # (T, B, K), and none of them is kept
-        y = grad.to(x.dtype)
-        if ctx.shared:
-            return grad, y.flatten(0, 1).mT @ x.flatten(0, 1), None
-        return grad, y.permute(1, 2, 0) @ x.transpose(0, 1), None
-
-
-def lstm_cell(gates, c):
-    """The pointwise part of an LSTM: (B, 4 H), (B, H) -> h in the precision of the gates, c in float32."""
-    i, f, g, o = gates.chunk(4, -1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh().to(gates.dtype), c
-
-
-def unrolled(lstm, x):
-    """What `lstm` makes of (B, T, F), step by step: (B, T, H)."""
-    gates = F.linear(x.transpose(0, 1), lstm.weight_ih_l0, lstm.bias_ih_l0 + lstm.bias_hh_l0)
-    w, xs, hs = lstm.weight_hh_l0.to(gates.dtype), [], []
-    h = gates.new_zeros(len(x), lstm.hidden_size)
-    c = h.float()
-    for row in WithWeight.apply(gates, w, xs).unbind():
-        xs.append(h.detach())
-        h, c = lstm_cell(torch.addmm(row, h, w.detach().T), c)
-        hs.append(h)
-    return torch.stack(hs, 1)
-
-
 class BLSTM(nn.Module):
-    """A bidirectional LSTM as two of one direction; the second hears each sequence reversed in its length.
-
-    That equals packing the sequences, at a sixth of its time or less on a CPU, without lengths on the host.
-    """
+    """A bidirectional LSTM over padded sequences: two LSTMs, one of them over the reversed sequences. Equal to
+    one over packed sequences, which is several times slower on a CPU."""
 
     def __init__(self, n_in, hidden):
         super().__init__()
         self.forth, self.back = (nn.LSTM(n_in, hidden, batch_first=True) for _ in range(2))
 
     def forward(self, x, lengths):
-        """(B, T, F), (B,) -> (B, T, 2 hidden), zero behind each sequence's end."""
-        turned, hidden = reverse(x, lengths), self.forth.hidden_size
-        wide = hidden >= 512 and x.shape[2] > 2 * hidden
-        if x.is_cuda:  # where autocast turns an LSTM into float16, whatever it is told, and gradients vanish
-            with torch.autocast("cuda", enabled=False):
-                forth, back = self.forth(x.float())[0], self.back(turned.float())[0]
-        elif wide and len(x) >= 8 and self.training and torch.is_autocast_enabled("cpu"):
-            # oneDNN's backward pass in bfloat16 would add to a wide input's large gradient at every frame
-            forth, back = unrolled(self.forth, x), unrolled(self.back, turned)
-        else:
-            forth, back = self.forth(x)[0], self.back(turned)[0]
-        y = torch.cat([forth, reverse(back, lengths)], -1)
-        return y * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[:, :, None]
+        """(B, T, F), (B,) -> (B, T, 2 hidden), zero in the padding."""
+        with torch.autocast("cuda", enabled=False):  # CUDA's LSTM would run in float16: gradients underflow
+            x = x.float()
+            forth, back = self.forth(x)[0], self.back(reverse(x, lengths))[0]
+        mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        return torch.cat([forth, reverse(back, lengths)], -1) * mask[:, :, None]
 
 
 def locked_dropout(x, p, training):
-    """Dropout with one mask for all steps of a sequence (Gal and Ghahramani, 2016): (B, T, F) -> the same."""
+    """Dropout with one mask for all frames of a sequence (Gal and Ghahramani, 2016): (B, T, F)."""
     return x * F.dropout(torch.ones_like(x[:, :1]), p, training)
 
 
 def join_frames(x, lengths, n):
-    """(B, T, F), (B,) -> (B, T // n, n F), (B,): each n neighbouring frames become one, odd last ones go."""
+    """Concatenates each n neighbouring frames: (B, T, F), (B,) -> (B, T // n, n F), (B,)."""
     return x[:, : x.shape[1] // n * n].unflatten(1, (-1, n)).flatten(2), lengths // n
 
 
 class Listener(nn.Module):
-    """A BLSTM, then pyramidal ones, each on pairs of neighbouring frames (section 3.1). With stack = 2 the
-    first one hears pairs too: 20 ms of sound a step, at half the cost."""
+    """A BLSTM and, above it, pyramidal BLSTMs, which read pairs of frames (section 3.1, equation 5). With
+    stack = 2 the first one reads pairs, too, which halves its cost."""
 
-    def __init__(self, n_features, hidden, layers, dropout, stack=1):
+    def __init__(self, n_features, hidden, layers, dropout, stack):
         super().__init__()
         self.base = BLSTM(stack * n_features, hidden)
         self.pyramid = nn.ModuleList(BLSTM(4 * hidden, hidden) for _ in range(layers))
@@ -208,262 +155,205 @@ class Listener(nn.Module):
     def forward(self, x, lengths):
         """(B, T, F), (B,) -> (B, T', 2 hidden), (B,) with T' = T // stack // 2^layers, but at least 1."""
         x = F.pad(x, (0, 0, 0, max(0, (self.stack << len(self.pyramid)) - x.shape[1])))
-        x, lengths = join_frames(x, lengths, self.stack)
-        x = self.base(x, lengths)
+        x = self.base(*join_frames(x, lengths, self.stack))
+        lengths = lengths // self.stack
         for layer in self.pyramid:
             x, lengths = join_frames(locked_dropout(x, self.dropout, self.training), lengths, 2)
             x = layer(x, lengths)
         return locked_dropout(x, self.dropout, self.training), lengths
 
 
-def location(coverage, moves):
-    """The energies' location term: the coverage, what was listened to so far, (N, T'), correlated with a
-    filter for each hypothesis, moves (N, 2 REACH + 1) -> (N, T'). moves[:, REACH - d] is what a frame gains
-    if the one d frames before it is covered. All before the sound counts as covered, nothing behind it."""
-    near = F.pad(F.pad(coverage, (REACH, 0), value=1.0), (0, REACH)).unfold(1, 2 * REACH + 1, 1)
-    return (near @ moves[:, :, None])[:, :, 0]
-
-
-def cover(coverage, attention):
-    """Attentions summed up, to 1 at most. No gradient goes back through them: it came in bursts of ten times
-    the usual norm, which clipping answers by learning less, of all weights."""
-    return (coverage + attention.detach()).clamp(max=1)
+def lstm_cell(gates, c):
+    """An LSTM's gates (B, 4 H) and cell (B, H) -> its next h and c, which stays float32 under autocast."""
+    i, f, g, o = gates.chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh().to(gates.dtype), c
 
 
 class LAS(nn.Module):
-    """Listener, attender and speller: the logits of each character, given the sound and those before.
+    """Listener, attention and speller: the logits of each character, given the sound and those before it.
 
-    The speller looks for what it wants to hear, by content, and knows where it has listened: the location
-    term of Chorowski et al., 2015, but of all attentions so far, added to the energies as it is, with a
-    filter that the speller's state makes at each character (Battenberg et al., 2020). By content alone (the
-    paper's equation 9) it finds a letter wherever it sounds. Nor are these the paper's: phi and psi are one
-    linear layer each, the context sums a third one's values, energies are divided by the root of their width,
-    and the character fed back is the likeliest one, not a sample.
-    Targets (B, U) end in EOS, filled up with PAD, and carry no BOS: the shift is inside. Of a sound of fewer
-    than stack * 2^layers frames one frame of silence is heard.
+    Unlike in the paper, the attention knows where it has been (Chorowski et al., 2015): the coverage, the sum
+    of all attention so far, is filtered and added to the energies; the speller's state makes the filter
+    (Battenberg et al., 2020). By content alone (equation 9) it confuses places that sound alike. Further
+    differences: phi and psi are linear, the energies are scaled, the context sums a linear layer's values.
+    Targets (B, U) end in EOS, then PAD, without BOS: the shift is inside.
     """
 
     def __init__(self, n_features, vocab_size, hidden=256, layers=1, speller=256, dropout=0.3, stack=1):
         super().__init__()
-        self.listener, self.dropout = Listener(n_features, hidden, layers, dropout, stack), dropout
-        self.key, self.value = nn.Linear(2 * hidden, speller), nn.Linear(2 * hidden, speller)
-        self.query = nn.Linear(speller, speller)
-        self.moves = nn.Linear(speller, 2 * REACH + 1)
-        self.embedding = nn.Embedding(vocab_size, speller)
-        self.cells = nn.ModuleList([nn.LSTMCell(2 * speller, speller), nn.LSTMCell(speller, speller)])
-        self.out = nn.Sequential(nn.Linear(2 * speller, speller), nn.Tanh(), nn.Linear(speller, vocab_size))
+        d, self.dropout = speller, dropout
+        self.listener = Listener(n_features, hidden, layers, dropout, stack)
+        self.phi, self.psi, self.value = nn.Linear(d, d), nn.Linear(2 * hidden, d), nn.Linear(2 * hidden, d)
+        self.filter = nn.Linear(d, 2 * REACH + 1)
+        self.embedding = nn.Embedding(vocab_size, d)
+        self.cells = nn.ModuleList([nn.Linear(3 * d, 4 * d), nn.Linear(2 * d, 4 * d)])  # gates of two LSTMs
+        self.character = nn.Sequential(nn.Linear(2 * d, d), nn.Tanh(), nn.Linear(d, vocab_size))
         self.ctc = nn.Linear(2 * hidden, vocab_size)
 
     def listen(self, features, lengths):
-        """(B, T, F), (B,) -> memory, what the speller attends to; and the CTC logits. A query is W h + b, so
-        that its product with a key k is h (W^T k) + b k, and W^T k and b k are made here once: keys and
-        values (B, T', D), and what is added to the energies, -inf behind the end (B, T')."""
-        x, lengths = self.listener(features, lengths)
-        mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None].clamp(min=1)
-        key = self.key(x) / math.sqrt(self.query.in_features)
-        bias = (key @ self.query.bias).masked_fill(~mask, -math.inf)
-        return (key @ self.query.weight, self.value(x), bias), self.ctc(x)
+        """(B, T, F), (B,) -> memory, which `step` attends to, and CTC logits (B, T', V). The memory is psi(h)
+        and the values (B, T', D), and the mask (B, T'), False in the padding; each sound has a frame."""
+        h, lengths = self.listener(features, lengths.to(features.device, non_blocking=True))
+        mask = torch.arange(h.shape[1], device=h.device) < lengths[:, None].clamp(min=1)
+        return (self.psi(h), self.value(h), mask), self.ctc(h)
 
-    def start(self, memory, k=1):
-        """The speller's state before the first character, for k hypotheses a sound: h and c of two cells, the
-        context, and the coverage, all zero."""
-        _, values, bias = memory
-        h1, c1, h2, c2, context = values.new_zeros(5, k * len(values), values.shape[2]).unbind()
-        return [h1, c1.float(), h2, c2.float(), context, values.new_zeros(k * len(values), bias.shape[1])]
+    def start(self, memory):
+        """The state before the first character, all zero: h and c of two LSTMs, context, coverage (N, T')."""
+        _, values, mask = memory
+        h1, c1, h2, c2, context = values.new_zeros(5, len(values), values.shape[2])
+        return h1, c1.float(), h2, c2.float(), context, values.new_zeros(mask.shape)
 
     def step(self, tokens, state, memory):
-        """One character (N,) -> logits (N, V) and the next state, whose last part is the coverage (N, T')
-        (equations 6 to 11). N may be a multiple of B: hypotheses of one sound follow each other."""
+        """Spells a character: the one before it (N,) -> logits (N, V), attention (N, T'), the next state."""
         h1, c1, h2, c2, context, coverage = state
-        keys, values, bias = memory
-        h1, c1 = self.cells[0](torch.cat([self.embedding(tokens), context], -1), (h1, c1))
-        h2, c2 = self.cells[1](h1, (h2, c2))
-        energies = h2.unflatten(0, (len(keys), -1)) @ keys.mT + bias[:, None]  # (B, N/B, T')
-        attention = (energies.flatten(0, 1) + location(coverage, self.moves(h2))).softmax(-1)
-        context = (attention.unflatten(0, (len(keys), -1)) @ values).flatten(0, 1)
-        return self.out(torch.cat([h2, context], -1)), [h1, c1, h2, c2, context, cover(coverage, attention)]
-
-    def taught_step(self, added, state, weights):
-        """The same in training, where the out layer and the gradients of the weights wait for all characters,
-        as five products y = added + x w^T: first cell, second cell, moves, energies (w: the keys), context
-        (w: the values transposed). The `weights` are detached; -> the next state, and the five x, from which
-        `WithWeight` makes the weights' gradients after the loop; the last of them is the attention."""
-        w1, w2, w3, keys, values = weights
-        h1, c1, h2, c2, context, coverage = state
-        x1 = torch.cat([F.dropout(context, self.dropout, self.training), h1], -1)
-        h1, c1 = lstm_cell(torch.addmm(added[0], x1, w1.T), c1)
-        x2 = torch.cat([h1, h2], -1)
-        h2, c2 = lstm_cell(torch.addmm(added[1], x2, w2.T), c2)
-        bias = added[3] + location(coverage, torch.addmm(added[2], h2, w3.T))
-        attention = torch.baddbmm(bias[:, None], h2[:, None], keys.mT)[:, 0].softmax(-1).to(h2.dtype)
-        context = torch.baddbmm(added[4][:, None], attention[:, None], values.mT)[:, 0]
-        return [h1, c1, h2, c2, context, cover(coverage, attention)], [x1, x2, h2, h2, attention]
+        keys, values, mask = memory
+        y = F.dropout(torch.cat([self.embedding(tokens), context], -1), self.dropout, self.training)
+        h1, c1 = lstm_cell(self.cells[0](torch.cat([y, h1], -1)), c1)  # s = RNN(s, y, c), equation 7
+        h2, c2 = lstm_cell(self.cells[1](torch.cat([h1, h2], -1)), c2)
+        energies = (keys @ self.phi(h2)[:, :, None])[:, :, 0] / math.sqrt(h2.shape[1])  # equation 9
+        near = F.pad(F.pad(coverage, (REACH, 0), value=1.0), (0, REACH))  # 1 before the sound, 0 behind it
+        near = near.unfold(1, 2 * REACH + 1, 1)  # (N, T', 2 REACH + 1): the coverage around each frame
+        energies = energies + (near @ self.filter(h2)[:, :, None])[:, :, 0]
+        attention = energies.float().masked_fill(~mask, -math.inf).softmax(-1)  # equation 10
+        context = (attention[:, None].to(values.dtype) @ values)[:, 0]  # equation 11
+        coverage = (coverage + attention.detach()).clamp(max=1)  # its gradient would come in bursts
+        logits = self.character(torch.cat([h2, context], -1))  # equation 8
+        return logits, attention, (h1, c1, h2, c2, context, coverage)
 
     def forward(self, features, lengths, targets, teacher=1.0):
-        """(B, T, F), (B,), (B, U) -> logits (B, U, V), attention (B, U, T'), CTC logits (B, T', V). In
-        training, a share 1 - teacher of the characters fed are those that the model finds likeliest."""
+        """(B, T, F), (B,), (B, U) -> logits (B, U, V), attention (B, U, T'), CTC logits (B, T', V). A step is
+        fed the true character before its own (teacher forcing) or, in training, with probability 1 - teacher
+        the likeliest one by the model (scheduled sampling, section 3.3, where it is a random one)."""
         memory, ctc_logits = self.listen(features, lengths)
-        keys, values, bias = memory
-        one, two = self.cells
-        w_character, w_context = one.weight_ih.chunk(2, 1)
-
-        def speak(tokens):
-            x = F.dropout(self.embedding(tokens), self.dropout, self.training)
-            return F.linear(x, w_character).to(keys.dtype)
-
-        fed = F.pad(targets, (1, -1), value=BOS).T  # (U, B)
-        cells = torch.cat([w_context, one.weight_hh], 1), torch.cat([two.weight_ih, two.weight_hh], 1)
-        weights = [w.to(keys.dtype) for w in (*cells, self.moves.weight, keys, values.mT)]
-        xs = [[] for _ in weights]
-        added = [one.bias_ih + one.bias_hh, two.bias_ih + two.bias_hh, self.moves.bias, bias]
-        added.append(values.new_zeros(()))  # nothing, but its product gives the gradient of the values
-        added = [a.to(keys.dtype).expand(*fed.shape, w.shape[-2]) for a, w in zip(added, weights)]
-        added = zip(*(WithWeight.apply(*parts).unbind() for parts in zip(added, weights, xs)))
-        weights = [w.detach() for w in weights]
-
-        own = torch.rand(fed.shape, device=fed.device) >= (teacher if self.training else 1)
-        own[0] = False
-        state, heard = self.start(memory), []
-        for guesses, any_own, said, (first, *others) in zip(own, own.any(1).tolist(), speak(fed), added):
-            if any_own:
-                guess = self.out(heard[-1].detach()).argmax(-1)
-                said = torch.where(guesses[:, None], speak(guess), said)
-            state, multiplied = self.taught_step((first + said, *others), state, weights)
-            heard.append(torch.cat([state[2], state[4]], -1))
-            for saved, x in zip(xs, multiplied):
-                saved.append(x.detach())
-        return self.out(torch.stack(heard, 1)), torch.stack(xs[-1], 1), ctc_logits
+        state, token, outputs = self.start(memory), torch.full_like(targets[:, 0], BOS), []
+        for true in targets.unbind(1):
+            logits, attention, state = self.step(token, state, memory)
+            outputs.append((logits, attention))
+            forced = torch.rand(len(true), device=true.device) < (teacher if self.training else 1.0)
+            token = torch.where(forced, true, logits.argmax(-1))
+        logits, attention = (torch.stack(part, 1) for part in zip(*outputs))
+        return logits, attention, ctc_logits
 
     def compile(self, **how):
-        """Compiles the speller's step alone: unrolled, it would be compiled anew for each length, and the
-        listener's fused LSTMs gain nothing by it."""
-        self.taught_step = torch.compile(self.taught_step, dynamic=True, **how)
+        """Compiles the step: the loop has another length in each batch, and an LSTM is one kernel already."""
         self.step = torch.compile(self.step, dynamic=True, **how)
 
 
-@torch.no_grad()
-def greedy_decode(model, features, lengths, ctc_weight=0.5):
-    """The likeliest character each time: (B, T, F), (B,) -> B lists of ids without EOS; see `beam_search`."""
-    return beam_search(model, features, lengths, 1, ctc_weight)[0]
-
-
 class CTCPrefixes:
-    """What the CTC head thinks of K hypotheses a sound: log p of all texts that begin so (Watanabe et al.,
-    "Hybrid CTC/Attention Architecture", 2017, section III-B). It turned 14.1 % CER on AN4 into 5.9 %.
+    """The CTC head's log p of all texts that begin with a hypothesis, for K hypotheses of each of B sounds
+    (Watanabe et al., "Hybrid CTC/Attention Architecture", 2017, section III-B).
 
-    `letter` and `blank` (B, K, T' + 1) hold, after each number of frames, log p of having said the hypothesis
-    and ended in a character or a blank (PAD). With c behind it (not in logarithms):
-        letter_t = p_t(c) (letter_{t-1} + before_{t-1}),  blank_t = p_t(PAD) (letter_{t-1} + blank_{t-1}),
-    before being letter + blank of what was there, its blank alone if it ended in c. Divided by the product of
-    all p so far, each of them is a cumulative sum.
+    nonblank and blank (B, K, T' + 1): log p that the first t frames say the hypothesis and end in a character,
+    or in a blank (PAD). With a character c appended, they are (here without logarithms)
+        nonblank[t] = p_t(c) (nonblank[t - 1] + before[t - 1])
+        blank[t] = p_t(PAD) (blank[t - 1] + nonblank[t - 1])
+    where before is the old nonblank + blank, or blank alone if the hypothesis already ends in c.
     """
 
     def __init__(self, logits, mask, k):
-        real = logits.float().log_softmax(-1).clamp(min=-30)
-        silence = torch.full_like(real[0, 0], -30.0)
-        silence[PAD] = 0.0
-        self.log_p = torch.where(mask[:, :, None], real, silence)[:, None]  # (B, 1, T', V)
-        self.blanks = self.log_p[..., PAD].cumsum(-1)  # (B, 1, T')
-        self.blank = F.pad(self.blanks, (1, 0)).expand(-1, k, -1)  # (B, K, T' + 1)
-        self.letter = torch.full_like(self.blank, -1e5)
-        self.last = torch.full_like(self.blank[..., 0], BOS, dtype=torch.long)  # (B, K)
+        """logits (B, T', V); mask (B, T'), False in the padding, which counts as blanks."""
+        log_p = logits.float().log_softmax(-1).clamp(min=-30).masked_fill(~mask[:, :, None], -30.0)
+        log_p[..., PAD] = log_p[..., PAD].masked_fill(~mask, 0.0)
+        self.log_p, self.sound = log_p.mT, torch.arange(len(mask), device=mask.device)[:, None]
+        self.last = torch.full((len(mask), k), BOS, device=mask.device)
+        self.blank = F.pad(self.log_p[:, PAD].cumsum(-1), (1, 0))[:, None].repeat(1, k, 1)
+        self.nonblank = torch.full_like(self.blank, -1e5)
 
     def scores(self):
-        """log p of each hypothesis with each character, or EOS, behind it: (B, K, V)."""
-        said = torch.logaddexp(self.letter, self.blank)
-        scores = torch.logsumexp(said[..., :-1, None] + self.log_p, 2)
-        again = torch.logsumexp(self.blank[..., :-1] + self.of(self.last), 2)  # needs a blank between
-        scores = scores.scatter(2, self.last[..., None], again[..., None])
-        scores[..., EOS] = said[..., -1]
+        """log p of all texts that begin with a hypothesis and one more character: (B, K, V). In column EOS that
+        of the hypothesis alone."""
+        both = torch.logaddexp(self.nonblank, self.blank)
+        scores = torch.logsumexp(both[:, :, None, :-1] + self.log_p[:, None], -1)
+        again = torch.logsumexp(self.blank[..., :-1] + self.log_p[self.sound, self.last], -1)
+        scores.scatter_(2, self.last[..., None], again[..., None])  # repeated only after a blank
+        scores[..., EOS] = both[..., -1]
         return scores
 
-    def of(self, tokens):
-        """log p of a token in each frame: (B, K) -> (B, K, T')."""
-        at = tokens[:, :, None, None].expand(-1, -1, self.log_p.shape[2], 1)
-        return self.log_p.expand(-1, tokens.shape[1], -1, -1).gather(3, at)[..., 0]
+    def extend(self, parent, token):
+        """The next hypotheses: `token` appended to the one numbered `parent`, (B, K) each."""
+        nonblank, blank = self.nonblank[self.sound, parent], self.blank[self.sound, parent]
+        repeated = (token == self.last[self.sound, parent])[..., None]
+        before = torch.where(repeated, blank, torch.logaddexp(nonblank, blank))
+        self.nonblank = recursion(self.log_p[self.sound, token], before)
+        self.blank = recursion(self.log_p[:, None, PAD], self.nonblank)
+        self.last = token
 
-    def extend(self, origin, tokens):
-        """Goes on with `tokens` behind the hypotheses `origin`: (B, K) each."""
-        at = origin[:, :, None].expand_as(self.letter)
-        letter, blank, last = self.letter.gather(1, at), self.blank.gather(1, at), self.last.gather(1, origin)
-        before = torch.where((tokens == last)[..., None], blank, torch.logaddexp(letter, blank))[..., :-1]
-        log_p = self.of(tokens)
-        sums = log_p.cumsum(-1)
-        self.letter = F.pad(sums + torch.logcumsumexp(before - sums + log_p, -1), (1, 0), value=-1e5)
-        before = self.letter[..., :-1] - self.blanks + self.log_p[..., PAD]
-        self.blank = F.pad(self.blanks + torch.logcumsumexp(before, -1), (1, 0), value=-1e5)
-        self.last = tokens
+
+def recursion(log_p, added):
+    """x[0] = 0, x[t] = p[t] (x[t - 1] + added[t - 1]), in logarithms: (..., T), (..., T + 1) -> (..., T + 1).
+    Divided by the product of all p so far, x is a cumulative sum."""
+    product = log_p.cumsum(-1)
+    return F.pad(product + torch.logcumsumexp(added[..., :-1] - product + log_p, -1), (1, 0), value=-1e5)
+
+
+def greedy_decode(model, features, lengths, ctc_weight=0.5):
+    """The likeliest character each time: (B, T, F), (B,) -> B lists of ids without EOS."""
+    return beam_search(model, features, lengths, 1, ctc_weight)
 
 
 @torch.no_grad()
 def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
-    """The best of beam_size hypotheses by log p per character, that of the CTC head weighed with ctc_weight:
-    (B, T, F), (B,) -> B lists of ids without EOS, and their scores. A sound is done when an ended hypothesis
-    is as good as the best that goes on. None has more characters than the listener has frames, which also
-    ends endless repetition."""
+    """The best of beam_size hypotheses by log p per character, the CTC head's weighted by ctc_weight, the
+    speller's by 1 - ctc_weight: (B, T, F), (B,) -> B lists of ids without EOS, none longer than T'. A sound is
+    done when its best finished hypothesis scores at least as well as its best unfinished one."""
     memory, ctc_logits = model.listen(features, lengths)
-    b, k, device, steps = len(features), beam_size, features.device, memory[2].shape[1] + 1
-    state, tokens = model.start(memory, k), torch.full((b * k,), BOS, device=device)
-    said = torch.full((b, k), -math.inf, device=device)
-    said[:, 0] = 0.0
-    mask = memory[2].isfinite()  # (B, T'): what is heard, not padding
-    ctc = CTCPrefixes(ctc_logits, mask, k) if ctc_weight else None
-    alive = torch.full((b, k, steps), PAD, device=device)
-    done, done_scores = alive.clone(), torch.full((b, k), -math.inf, device=device)
-    first = torch.arange(b, device=device)[:, None] * k
-    over = first[:, 0] < 0  # (B,): done, so that batch mates that are not change nothing
-    limit = mask.sum(1)[:, None, None]  # (B, 1, 1)
-    for t in range(steps):
-        logits, state = model.step(tokens, state, memory)
-        logits[:, [PAD, BOS]] = -math.inf
-        only = (t >= limit) & (torch.arange(logits.shape[1], device=device) != EOS)  # (B, 1, V)
-        log_p = logits.float().log_softmax(-1).unflatten(0, (b, k)).masked_fill(only, -math.inf)
-        said = said[:, :, None] + log_p  # (B, K, V), by the speller
-        scores = (1 - ctc_weight) * said + ctc_weight * ctc.scores() if ctc else said
-        scores = scores.masked_fill(said == -math.inf, -math.inf)  # a weight of 1 makes them nan
-        best, place = scores.flatten(1).topk(2 * k)  # 2 K, so that K go on even if K end
-        origin, token = place // logits.shape[1], place % logits.shape[1]
-        rows = alive.gather(1, origin[:, :, None].expand(-1, -1, steps))
-        rows[:, :, t] = token
-        ended = token == EOS
-        counts = ended[:, :k] & ~over[:, None]  # only an end among the best K counts
-        final = (best[:, :k] / (t + 1)).masked_fill(~counts, -math.inf)
-        done_scores, which = torch.cat([done_scores, final], 1).topk(k)
-        done = torch.cat([done, rows[:, :k]], 1).gather(1, which[:, :, None].expand(-1, -1, steps))
-        going, which = best.masked_fill(ended, -math.inf).topk(k)
-        if (over := over | (done_scores[:, 0] >= going[:, 0] / (t + 1))).all():
+    b, k, device, frames = len(features), beam_size, features.device, memory[2].sum(1)
+    ctc = CTCPrefixes(ctc_logits, memory[2], k) if ctc_weight else None
+    memory = [part.repeat_interleave(k, 0) for part in memory]  # B K rows
+    state, ids = model.start(memory), torch.full((b * k, 1), BOS, device=device)
+    sound = torch.arange(b, device=device)[:, None]
+    spelled = torch.full((b, k), -math.inf, device=device)  # log p by the speller
+    spelled[:, 0] = 0.0  # each sound begins with one hypothesis
+    finished = [(-math.inf, [])] * b  # the best of each sound: (score, ids)
+    searching = set(range(b))  # sounds that are not done
+    for length in range(1, memory[2].shape[1] + 2):
+        logits, _, state = model.step(ids[:, -1], state, memory)
+        logits[:, [PAD, BOS]] = -math.inf  # never part of a text
+        log_p = logits.float().log_softmax(-1).unflatten(0, (b, k))
+        log_p[frames < length, :, EOS + 1 :] = -math.inf  # every hypothesis ends here
+        spelled = spelled[:, :, None] + log_p  # (B, K, V)
+        total = (1 - ctc_weight) * spelled + ctc_weight * ctc.scores() if ctc else spelled
+        total = total.masked_fill(spelled == -math.inf, -math.inf)  # nan if ctc_weight is 1
+        best, index = total.flatten(1).topk(2 * k)  # 2 K candidates, of which at most K end
+        token, parent = index % total.shape[2], index // total.shape[2]
+        candidates = (best / length).tolist()
+        for i, j in (token[:, :k] == EOS).nonzero().tolist():  # only an end among the best K counts
+            if i in searching and candidates[i][j] > finished[i][0]:
+                finished[i] = candidates[i][j], ids[i * k + parent[i, j], 1:].tolist()
+        best, chosen = best.masked_fill(token == EOS, -math.inf).topk(k)
+        unfinished = (best[:, 0] / length).tolist()
+        searching = {i for i in searching if finished[i][0] < unfinished[i]}
+        if not searching:
             break
-        alive = rows.gather(1, which[:, :, None].expand(-1, -1, steps))
-        origin, token = origin.gather(1, which), token.gather(1, which)
-        said = said.flatten(1).gather(1, place.gather(1, which)).masked_fill(going == -math.inf, -math.inf)
-        state = [part[(first + origin).flatten()] for part in state]
-        tokens = token.flatten()
+        token, parent = token[sound, chosen], parent[sound, chosen]
+        spelled = spelled[sound, parent, token].masked_fill(best == -math.inf, -math.inf)
+        rows = (k * sound + parent).flatten()
+        ids, state = torch.cat([ids[rows], token.view(-1, 1)], 1), [part[rows] for part in state]
         if ctc:
-            ctc.extend(origin, token)
-    ids = [[i for i in row if i not in (PAD, EOS)] for row in done[:, 0].tolist()]
-    return ids, done_scores[:, 0].tolist()
+            ctc.extend(parent, token)
+    return [text for _, text in finished]
 
 
 # DATA -------------------------------------------------------------------------------------------------------
 # what --data auto looks for in data/NAME
 AUTO = {"librispeech": "LibriSpeech", "speech": "train.tsv", "hw4p2": "train-clean-100"}
 REAL = "--data librispeech downloads 100 hours of read English, 7 GB"
-PARTS = {"train": "train-clean-100", "val": "dev-clean", "test": "test-clean"}  # of LibriSpeech
-SOUNDS = "BCDFGHJKLMNPQRSTVWXYZ", "AEIOU", "LNRST"  # of a syllable of the demo, mostly without the last
+PARTS = {"train": "train-clean-100", "val": "dev-clean", "test": "test-clean"}  # of LibriSpeech and HW4P2
 
 
-def demo_voice(text, pitch, tract, speed, seed):
-    """A source-filter voice at 16 kHz: pulses at the speaker's pitch, or noise for some letters, and for each
-    letter two formants. Loudness and noise vary: (n,) float32."""
+def demo_voice(text, pitch, tract, tempo, seed):
+    """A source-filter voice at 16 kHz: (n,) float32. The source is pulses at the speaker's pitch (Hz), for
+    some letters noise; a letter has two formants (Hz), scaled by `tract`. Loudness and noise vary."""
     rng = np.random.default_rng(seed)
-    lengths = 80 * (200 * rng.uniform(0.07, 0.1, len(text) + 2) / speed).astype(int)  # round, for the FFT
+    lengths = 80 * (200 * rng.uniform(0.07, 0.1, len(text) + 2) / tempo).astype(int)  # samples per letter
     begins, n = np.cumsum(lengths), lengths.sum()
     f0 = pitch * (1 + 0.08 * np.sin(2 * math.pi * rng.uniform(0.5, 2) * np.arange(n) / 16000))
     pulses = np.diff(np.floor(np.cumsum(f0) / 16000), prepend=0)
     noise, wave = rng.normal(size=n), np.zeros(n)
     for letter, begin, length in zip(text, begins, lengths[1:]):
         if letter != " ":
-            i, span = ord(letter) - 65, slice(begin - 160, begin + length + 160)  # 10 ms into its neighbours
+            i, span = ord(letter) - 65, slice(begin - 160, begin + length + 160)  # overlaps its neighbours
             f1, f2 = (260 + 140 * (i % 5)) * tract, (900 + 480 * (i // 5)) * tract
             source = (pulses if i % 4 != 3 else 0.1 * noise)[span] * np.hanning(length + 320) ** 0.3
             f = np.fft.rfftfreq(length + 320, 1 / 16000)
@@ -473,83 +363,66 @@ def demo_voice(text, pitch, tract, speed, seed):
     return wave.astype(np.float32)
 
 
-def demo_set(count, speakers, seed, without=()):
-    """[(what demo_voice takes, text)]: `count` sentences, each another, none in `without`, by some voices.
-    Words are invented, so that the speller has to hear each letter: a word that it knew it could guess from
-    one of its sounds, and attend to nothing else."""
-    rng, texts = np.random.default_rng(seed), {}
+def demo_set(count, speakers, seed):
+    """[(arguments of demo_voice, text)]: sentences of invented words, since a known word can be guessed from
+    one of its sounds."""
+    rng = np.random.default_rng(seed)
     voices = [(rng.uniform(90, 240), rng.uniform(0.88, 1.12), rng.uniform(0.9, 1.1)) for _ in range(speakers)]
+    syllable = [*"BCDFGHJKLMNPQRSTVWXYZ"], [*"AEIOU"], [*"LNRST"] + [""] * 12
 
-    def syllable():
-        letters = [part[rng.integers(len(part))] for part in SOUNDS]
-        return "".join(letters if rng.random() < 0.3 else letters[:2])
+    def word():
+        return "".join(rng.choice(letters) for _ in range(rng.integers(1, 4)) for letters in syllable)
 
-    while len(texts) < count:
-        words = ["".join(syllable() for _ in range(rng.integers(1, 4))) for _ in range(rng.integers(3, 6))]
-        text = " ".join(words)
-        texts |= {} if text in without else {text: None}
+    texts = [" ".join(word() for _ in range(rng.integers(3, 6))) for _ in range(count)]
     return [((text, *voices[rng.integers(speakers)], int(rng.integers(1 << 30))), text) for text in texts]
 
 
-@functools.lru_cache(1)
-def mel_transform():
-    import torchaudio
-    return torchaudio.transforms.MelSpectrogram(16000, 512, 400, 160, n_mels=80, power=2.0)
-
-
 def log_mel(waveform, sample_rate):
-    """80 log-mel energies, 25 ms windows every 10 ms, each with mean 0 and variance 1 over the sound: (n,) or
-    (channels, n) at any rate -> (T, 80) float32."""
-    import torchaudio
+    """80 log-mel energies (25 ms windows every 10 ms), each with mean 0 and variance 1 over the recording:
+    (n,) or (channels, n) at any rate -> (T, 80) float32."""
+    from torchaudio.functional import resample
+    from torchaudio.transforms import MelSpectrogram
     wave = torch.as_tensor(waveform, dtype=torch.float32)
-    wave = wave.mean(0) if wave.dim() == 2 else wave
-    if sample_rate != 16000:
-        wave = torchaudio.functional.resample(wave, sample_rate, 16000)
-    return normalised((mel_transform()(F.pad(wave, (0, max(0, 400 - len(wave))))) + 1e-6).log().T)
-
-
-def normalised(x):
-    """Each column of (T, F) with mean 0 and variance 1."""
+    wave = resample(wave.mean(0) if wave.dim() == 2 else wave, sample_rate, 16000)
+    wave = F.pad(wave, (0, max(0, 400 - len(wave))))
+    mel = MelSpectrogram(16000, n_fft=512, win_length=400, hop_length=160, n_mels=80)(wave)
+    x = (mel + 1e-6).log().T
     return (x - x.mean(0)) / x.std(0).clamp_min(1e-3)
 
 
-def read_features(item, speed=1.0):
-    """(T, F) of a sound file, of a .npy of features (T, F), or of the demo's voice, heard at `speed`.
+def read_features(item):
+    """(T, F) float32 of a sound file, of a .npy file of features (T, F), or of demo_voice's arguments.
     ValueError if there is nothing to hear: fewer than 8 frames, silence, values that are not finite."""
-    if isinstance(item, Path) and not item.is_file():
+    if isinstance(item, tuple):
+        x = log_mel(demo_voice(*item), 16000)
+    elif not item.is_file():
         raise ValueError("no such file")
-    if isinstance(item, Path) and item.suffix == ".npy":
+    elif item.suffix == ".npy":
         x = torch.from_numpy(np.load(item)).float()
         if x.dim() != 2:
-            raise ValueError(f"features are (T, F), not {tuple(x.shape)}")
-        x = normalised(F.interpolate(x.T[None], max(1, round(len(x) / speed)), mode="linear")[0].T)
+            raise ValueError(f"features must be (T, F), not {tuple(x.shape)}")
+        x = (x - x.mean(0)) / x.std(0).clamp_min(1e-3)
     else:
-        if isinstance(item, Path):
-            import soundfile
-            wave, rate = soundfile.read(item, dtype="float32", always_2d=True)
-        else:
-            wave, rate = demo_voice(*item), 16000
-        wave = torch.as_tensor(wave.T)
-        if speed != 1:
-            import torchaudio
-            wave = torchaudio.functional.resample(wave, round(10 * speed), 10)
+        import soundfile
+        wave, rate = soundfile.read(item, dtype="float32", always_2d=True)
         if not wave.any():
-            raise ValueError("silent" if wave.numel() else "empty")
-        x = log_mel(wave, rate)
+            raise ValueError("silent" if len(wave) else "empty")
+        x = log_mel(wave.T, rate)
     if len(x) < 8 or not x.isfinite().all():
-        raise ValueError(f"{len(x)} frames, of 10 ms: it takes 8" if len(x) < 8 else "values are not finite")
+        raise ValueError("fewer than 8 frames of 10 ms" if len(x) < 8 else "values are not finite")
     return x
 
 
 def clean(text):
-    """Upper case in the alphabet: accents, punctuation go. ValueError for what has no obvious spelling."""
+    """Upper case, A to Z, apostrophe and space; accents and punctuation are dropped. ValueError for digits and
+    symbols, whose spelling is not known, and if nothing is left."""
     text = unicodedata.normalize("NFKD", text.replace("\u2019", "'").replace("\u2026", " ").upper())
     text = "".join(" " if c in "-\u2013\u2014/,;:!?_" or c.isspace() else c for c in text)
     text = "".join(c for c in text if unicodedata.category(c)[0] not in "MP" or c in "'&%@#")
-    if odd := set(text) - set(ALPHABET):
-        raise ValueError(f"{min(odd)!r} in its transcript: spell it in letters")
+    if unknown := set(text) - set(ALPHABET):
+        raise ValueError(f"{min(unknown)!r} in the transcript")
     if not text.split():
-        raise ValueError("its transcript is empty")
+        raise ValueError("the transcript is empty")
     return " ".join(text.split())
 
 
@@ -559,196 +432,196 @@ def find_files(folder, pattern="**/*"):
     return [p for p in sorted(folder.glob(pattern)) if not any(map(junk.match, p.relative_to(folder).parts))]
 
 
-def find_utterances(cfg, training=True):
-    """{"train", "val", "test"} or what there is of them: lists of (Path or what demo_voice takes, text)."""
-    folder = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data)
+def find_utterances(cfg, folder, training=True):
+    """{"train", "val" and perhaps "test": [(a file of sound or features, or demo_voice's arguments; text)]}."""
     if cfg.data == "demo":
-        train = demo_set(1000, 40, 0)
-        held = demo_set(200, 10, 1, {text for _, text in train})
-        return {"train": train, "val": held[:50], "test": held[50:]}
-    libri = folder / "LibriSpeech"
-    if cfg.data == "librispeech" and not libri.is_dir() and RANK == 0:
+        return {"train": demo_set(1000, 40, 0), "val": demo_set(50, 10, 1), "test": demo_set(150, 10, 2)}
+    if cfg.data == "librispeech":
         download(folder)
-    while cfg.data == "librispeech" and not libri.is_dir():  # the other processes wait for rank 0
-        time.sleep(1)
-    if libri.is_dir():
-        found = {name: [(Path(list_.parent, f"{line.split()[0]}.flac"), line.partition(" ")[2])
-                        for list_ in find_files(libri / part, "**/*.trans.txt")
-                        for line in list_.read_text(encoding="utf-8").splitlines() if line.strip()]
-                 for name, part in PARTS.items() if (libri / part).is_dir()}
-    elif (folder / "train-clean-100" / "mfcc").is_dir():
-        found = {name: [(p, read_transcript(p)) for p in find_files(folder / part / "mfcc", "*.npy")]
-                 for name, part in (("train", "train-clean-100"), ("val", "dev-clean"))}
+    if (folder / "LibriSpeech").is_dir():
+        found = {split: read_librispeech(folder / "LibriSpeech" / part) for split, part in PARTS.items()}
+    elif (folder / PARTS["train"] / "mfcc").is_dir():
+        found = {split: read_hw4p2(folder / PARTS[split]) for split in ("train", "val")}
+    elif (folder / "metadata.csv").exists():
+        found = {"train": read_list(folder / "metadata.csv")}
+    elif folder.is_dir():
+        lists = {"train": folder / "train.tsv", "val": folder / "dev.tsv", "test": folder / "test.tsv"}
+        found = {split: read_list(path) for split, path in lists.items() if split == "train" or path.exists()}
     else:
-        files = [folder / "train.tsv", folder / "dev.tsv"] if folder.is_dir() else [folder]
-        found = {name: read_tsv(path) for name, path in zip(("train", "val"), files)
-                 if path == files[0] or path.exists()}
-    if "val" not in found and found.get("train"):
+        found = {"train": read_list(folder)}
+    found = {split: items for split, items in found.items() if items}
+    if "val" not in found and "train" in found:
         held = max(1, len(found["train"]) // 20)
-        say(f"note: there is no set to validate on, so the last {held} utterances are")
+        say(f"note: there is no validation set; the last {held} utterances of the training set are taken")
         found["train"], found["val"] = found["train"][:-held], found["train"][-held:]
-    for name in dict.fromkeys([*["train"] * training, "val", *found]):
-        if not found.get(name):
-            raise UserError(f"{folder}: no utterances for {name}; data/README.md says what goes where")
+    for split in ("train", "val") if training else ("val",):
+        if not found.get(split):
+            raise UserError(f"{folder}: no utterances for {split}; data/README.md says what goes where")
     return found
 
 
-def read_tsv(path):
-    """[(sound file, text)] of lines `path<TAB>transcript`, paths relative to the file."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not a readable TSV ({e}); data/README.md says what goes where") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip() and "\t" not in line:
-            raise UserError(f"{path}, line {number}: has no tab; each line is `path<TAB>transcript`")
-    pairs = (line.split("\t", 1) for line in lines if line.strip())
-    return [(path.parent / name, text) for name, text in pairs]
+def read_librispeech(folder):
+    """[(FLAC file, text)] of a part such as dev-clean: SPEAKER/CHAPTER/*.trans.txt, lines of `ID TEXT`."""
+    lines = [(path.parent, line) for path in find_files(folder, "**/*.trans.txt")
+             for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [(parent / f"{line.split()[0]}.flac", line.partition(" ")[2]) for parent, line in lines]
 
 
-def read_transcript(path):
-    """The text beside the features of an HW4P2 utterance: characters between <sos> and <eos>."""
+def read_hw4p2(folder):
+    """[(features file, text)] of mfcc/*.npy and transcript/raw/*.npy: letters between <sos> and <eos>."""
+    items = []
+    for path in find_files(folder / "mfcc", "*.npy"):
+        try:
+            letters = np.load(folder / "transcript" / "raw" / path.name).tolist()
+            items.append((path, "".join(letters).replace("<sos>", "").replace("<eos>", "")))
+        except Exception as e:  # a damaged array can raise nearly anything
+            raise UserError(f"{path}: its transcript is missing or damaged ({e})") from None
+    return items
+
+
+def read_list(path):
+    """[(sound file, text)] of a TSV with a header that names `path` and `sentence`, `text` or `transcript`, or of
+    one without, whose first two columns they are; or of LJSpeech's metadata.csv. The files lie beside the list,
+    in clips/ (Common Voice) or in wavs/ (LJSpeech)."""
+    lj = path.name == "metadata.csv"
     try:
-        letters = np.load(path.parent.parent / "transcript" / "raw" / path.name).tolist()
-        return "".join(c for c in letters if c not in ("<sos>", "<eos>"))
-    except Exception as e:  # a damaged array can raise nearly anything
-        raise UserError(f"{path}: its transcript is missing or damaged ({e})") from None
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        header = lines[0].lower().strip().split("\t") if lines else []
+        names = ["path", "text", "sentence"] if lj else ["path", "sentence"]  # LJSpeech's sentence is normalised
+        if "path" in header and {"sentence", "text", "transcript"} & {*header}:
+            names, lines = header, lines[1:]
+        rows = [*csv.DictReader(lines, names, delimiter="|" if lj else "\t", quoting=csv.QUOTE_NONE)]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path}: not a readable list ({e}); data/README.md says what goes where") from None
+    items = []
+    for row in rows:
+        texts = [row[name] for name in ("sentence", "text", "transcript") if row.get(name) is not None]
+        if not texts or not row["path"]:
+            raise UserError(f"{path}: no tab between path and text in the line of {row['path']!r}")
+        file = path.parent / (f"wavs/{row['path']}.wav" if lj else row["path"])
+        clip = path.parent / "clips" / row["path"]
+        items.append((clip if clip.is_file() and not file.is_file() else file, texts[0]))
+    return items
 
 
 def download(folder):
-    """LibriSpeech, by torchaudio, which checks its digests, into `folder`, where it shows only when whole."""
+    """LibriSpeech, by torchaudio, which checks its digests; rank 0 moves it to its place when it is complete."""
     from torchaudio.datasets import LIBRISPEECH
-    home = folder / "download"  # where the archives stay
-    shutil.rmtree(home / "LibriSpeech", ignore_errors=True)  # what a run that was stopped unpacked
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        for part in PARTS.values():
-            say(f"downloading LibriSpeech's {part} into {home}")
-            LIBRISPEECH(home, part, download=True)
-        os.replace(home / "LibriSpeech", folder / "LibriSpeech")
-    except Exception as e:
-        raise UserError(f"{home}: no download ({e}); data/README.md says what goes where") from None
-
-
-def prepare(cfg, name, items, speeds):
-    """(features of all utterances one after the other, (N, F) float16; lengths; texts), each utterance once
-    per speed. A text of None is unknown. Computed once, by rank 0, and kept in data/NAME/cache under a key
-    made of all that goes in."""
-    names = [f"{item} {item.stat().st_mtime_ns if item.exists() else 0}" if isinstance(item, Path) else ""
-             for item, _ in items]
-    key = f"{seed_for('log-mel 3', names, [text for _, text in items], speeds):x}"
-    home = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data).parent
-    path = home / "cache" / f"{name}-{key}.pt"
-    while cfg.data != "demo" and (path.exists() or RANK):
-        with contextlib.suppress(Exception):  # a damaged one is made again
-            return torch.load(path, weights_only=True, mmap=True)
-        if RANK == 0:
-            break
+    target, partial = folder / "LibriSpeech", folder / "download"
+    while RANK and not target.is_dir():
         time.sleep(1)
-    parts, texts, bad = [], [], []
-    for number, (item, text) in enumerate(items):
+    if target.is_dir():
+        return
+    try:
+        shutil.rmtree(partial / "LibriSpeech", ignore_errors=True)  # unpacked by a run that was stopped
+        partial.mkdir(parents=True, exist_ok=True)
+        for part in PARTS.values():
+            say(f"downloading LibriSpeech's {part} into {partial}")
+            LIBRISPEECH(partial, part, download=True)
+        os.replace(partial / "LibriSpeech", target)
+    except Exception as e:
+        raise UserError(f"{partial}: no download ({e}); data/README.md says what goes where") from None
+
+
+def extract(items, name):
+    """(features (N, F) of utterances one after another, float16; their lengths; their texts, a text of None
+    being unknown). What cannot be used is skipped and counted by reason; UserError if that is over 5 %."""
+    parts, texts, skipped = [], [], {}
+    for number, (item, text) in enumerate(items, 1):
         try:
             text = "" if text is None else clean(text)
-            parts += [read_features(item, speed).half() for speed in speeds]
-            texts += [text] * len(speeds)
+            parts.append(read_features(item).half())
+            texts.append(text)
         except ImportError:  # of soundfile
             raise
         except Exception as e:  # a damaged file can raise nearly anything
-            bad.append(f"{item} ({e})")
-        if cfg.data != "demo" and number % 500 == 499:
-            say(f"features of {name}: {number + 1:,} of {len(items):,} files")
-    if bad:
-        say(f"note: {len(bad)} of {len(items)} files are unreadable, skipped: {', '.join(bad[:5])}")
-    if len(items) < 20 * len(bad):
-        raise UserError(f"{cfg.data}: {len(bad)} of {len(items)} files are unreadable, first {bad[0]}")
+            reason = str(getattr(e, "error_string", e))  # soundfile's, which does not name the file
+            skipped.setdefault(reason, []).append(item)
+        if number % 2000 == 0:
+            say(f"features of {name}: {number:,} of {len(items):,} files")
+    count = sum(map(len, skipped.values()))
+    reasons = [f"{len(files)}: {reason} (first {files[0]})" for reason, files in skipped.items()]
+    line = f"{count} of {len(items)} utterances of {name} are unusable: {', '.join(reasons[:5])}"
+    if len(items) < 20 * count:
+        raise UserError(f"{line}; at most 5 % may be")
+    if count:
+        say(f"note: {line}; skipped")
     if len({part.shape[1] for part in parts}) > 1:
-        raise UserError(f"{cfg.data}: the files have different numbers of features per frame")
-    result = torch.cat(parts), [len(part) for part in parts], texts
-    if cfg.data != "demo" and RANK == 0:
-        part = path.with_suffix(f".{os.getpid()}.part")  # another run may make the same
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(result, part)
-            os.replace(part, path)
-        except (OSError, RuntimeError) as e:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            if WORLD > 1:
-                raise UserError(f"{path}: cannot be written ({e}), and other processes wait for it") from None
-            say(f"note: the features are not kept ({e})")
+        raise UserError(f"{name}: the files have different numbers of features per frame")
+    return torch.cat(parts), [len(part) for part in parts], texts
+
+
+def prepare(cfg, split, items, folder):
+    """What `extract` returns, made once, by rank 0, and kept in a file whose name depends on all that goes in."""
+    if cfg.data == "demo":
+        return extract(items, split)
+    inputs = [(str(path), path.exists() and path.stat().st_mtime_ns, text) for path, text in items]
+    home = folder if folder.is_dir() else folder.parent
+    cached = home / "cache" / f"{split}-{seed_for('log-mel 4', inputs):x}.pt"
+    while RANK or cached.exists():
+        with contextlib.suppress(Exception):  # not there yet; or damaged, then it is made again
+            return torch.load(cached, weights_only=True, mmap=True)
+        if RANK == 0:
+            break
+        time.sleep(1)
+    result, part = extract(items, f"{cfg.data}, {split},"), cached.with_suffix(f".{os.getpid()}.part")
+    try:
+        cached.parent.mkdir(exist_ok=True)
+        torch.save(result, part)
+        os.replace(part, cached)
+    except (OSError, RuntimeError) as e:
+        part.unlink(missing_ok=True)
+        if WORLD > 1:
+            raise UserError(f"{cached}: cannot be written ({e}), and other processes wait for it") from None
+        say(f"note: the features are not kept ({e})")
     return result
 
 
+class Utterances:
+    """Features (N, F) of utterances one after another, their lengths in frames, and their texts."""
+
+    def __init__(self, features, lengths, texts):
+        self.features, self.lengths, self.texts = features, np.array(lengths), texts
+        self.ends = np.cumsum(lengths)
+
+    def cuts(self, budget):
+        """[(a, b)]: slices of the utterances sorted by length, at most `budget` frames each with the padding."""
+        starts = [0]
+        for i, length in enumerate(np.sort(self.lengths)):
+            if (i + 1 - starts[-1]) * length > budget and i > starts[-1]:
+                starts.append(i)
+        return list(zip(starts, [*starts[1:], len(self.texts)]))
+
+    def batch(self, chosen, device, speeds=None):
+        """Utterances given by number, at these speeds, by linear interpolation between their frames: features
+        (B, T, F), lengths (B,) on the CPU, targets (B, U), all padded with 0."""
+        x = [self.features[self.ends[i] - self.lengths[i] : self.ends[i]].float() for i in chosen]
+        if speeds is not None:
+            sizes = [max(1, round(len(part) / speed)) for part, speed in zip(x, speeds)]
+            x = [F.interpolate(part.T[None], n, mode="linear")[0].T for part, n in zip(x, sizes)]
+        lengths = torch.tensor([len(part) for part in x])
+        targets = [torch.tensor([*(3 + ALPHABET.index(c) for c in self.texts[i]), EOS]) for i in chosen]
+        x, targets = (nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (x, targets))
+        return x.to(device, non_blocking=True), lengths, targets.to(device, non_blocking=True)
+
+
 def load_data(cfg, training=True):
-    """{split: (features (N, F), lengths, texts)} of "train" (only for training), "val" and perhaps "test"."""
-    if not all(re.fullmatch(r"0\.[5-9]|1\.\d|2\.0", speed) for speed in cfg.speeds.split(" ")):
-        raise UserError(f"--speeds {cfg.speeds!r}: takes 0.5 to 2.0, with one decimal, such as '0.9 1.0 1.1'")
-    speeds = [float(speed) for speed in cfg.speeds.split()]
-    data = {name: prepare(cfg, name, items, speeds if name == "train" else [1.0])
-            for name, items in find_utterances(cfg, training).items() if training or name != "train"}
-    if len({features.shape[1] for features, *_ in data.values()}) > 1:
-        raise UserError(f"--data {cfg.data}: its parts have different numbers of features a frame")
+    """{split: Utterances} of "train" (only for training), "val" and perhaps "test"."""
+    folder = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data)  # or a file
+    data = {split: Utterances(*prepare(cfg, split, items, folder))
+            for split, items in find_utterances(cfg, folder, training).items() if training or split != "train"}
+    if len({part.features.shape[1] for part in data.values()}) > 1:
+        raise UserError(f"--data {cfg.data}: its splits have different numbers of features per frame")
     return data
 
 
-class Batches:
-    """Utterances in batches of about `budget` frames, sorted by length, so that there is hardly any padding.
-    Those of about the same length are shuffled anew in each epoch, and so is the order of the batches, but in
-    the first epoch, which goes from short to long: CTC finds its way much sooner in short ones."""
-
-    def __init__(self, data, budget, device):
-        features, lengths, texts = data
-        self.features = features.to(device) if features.nbytes < 4e9 else features
-        self.begin, self.lengths, self.texts = np.cumsum([0, *lengths[:-1]]), np.array(lengths), texts
-        in_order = np.sort(self.lengths)
-        starts = [0]
-        for i, length in enumerate(in_order):
-            if (i + 1 - starts[-1]) * length > budget and i > starts[-1]:
-                starts.append(i)
-        self.cuts, self.device = list(zip(starts, [*starts[1:], len(texts)])), device
-
-    @functools.lru_cache(1)
-    def order(self, seed, epoch):
-        rng = np.random.default_rng(seed_for(seed, epoch))
-        jitter = self.lengths * rng.uniform(1, 1.05, len(self.lengths))
-        batches = rng.permutation(len(self.cuts))
-        return np.argsort(jitter), batches if epoch else np.sort(batches)
-
-    def get(self, seed, step):
-        """This rank's share of the batch of a step, which counts from 1: features (B, T, F), lengths (B,),
-        targets (B, U), and the numbers of characters, EOS included, and of utterances in the whole batch."""
-        epoch, place = divmod(step - 1, len(self.cuts))
-        order, batches = self.order(seed, epoch)
-        a, b = self.cuts[batches[place]]
-        chosen, whole = order[a + RANK : b : WORLD], order[a:b]
-        characters = sum(len(self.texts[i]) + 1 for i in whole)
-        if not len(chosen):  # fewer utterances than processes: the first one, weighed with nothing
-            chosen = whole[:1]
-        return *self.gather(chosen), characters, len(whole)
-
-    def gather(self, chosen):
-        lengths = torch.from_numpy(self.lengths[chosen])
-        at = torch.from_numpy(self.begin[chosen])[:, None] + torch.arange(int(lengths.max()))
-        at = at.clamp(max=len(self.features) - 1).to(self.features.device)
-        x = self.features[at].to(self.device).float()
-        lengths = lengths.to(self.device)
-        x = x * (torch.arange(x.shape[1], device=self.device) < lengths[:, None])[:, :, None]
-        return x, lengths, spell([self.texts[i] for i in chosen]).to(self.device)
-
-
-def spell(texts):
-    """Texts -> ids (B, U), each ending in EOS."""
-    rows = [torch.tensor([*(3 + ALPHABET.index(c) for c in text), EOS]) for text in texts]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-
-
 def spec_augment(x, strength):
-    """Two stripes each of frequencies and of frames of every sound become the mean, 0 (Park et al., 2019)."""
-    import torchaudio
+    """SpecAugment: two stripes of features and two of frames of each sound become 0, the mean: (B, T, F)."""
+    from torchaudio.functional import mask_along_axis_iid
     y = x.mT[:, None]  # (B, 1, F, T)
     for _ in range(2):
-        y = torchaudio.functional.mask_along_axis_iid(y, int(strength * x.shape[2] * 0.3), 0.0, 2)
-        y = torchaudio.functional.mask_along_axis_iid(y, int(strength * 40), 0.0, 3, p=0.2)
+        y = mask_along_axis_iid(y, int(strength * 0.3 * x.shape[2]), 0.0, 2)
+        y = mask_along_axis_iid(y, int(strength * 40), 0.0, 3, p=0.2)
     return y[:, 0].mT
 
 
@@ -764,84 +637,78 @@ def edit_distance(a, b):
 
 
 def wer(references, hypotheses):
-    """Word errors of the corpus over its words, a fraction, from lists of strings; ValueError if they differ
-    in length or hold nothing."""
+    """Word error rate: errors over words of the corpus, a fraction, from lists of strings, as jiwer counts.
+    ValueError if the lists differ in length or the references are empty."""
     return error_rate([r.split() for r in references], [h.split() for h in hypotheses])
 
 
 def cer(references, hypotheses):
-    """Character errors of the corpus over its characters, a fraction, spaces at the ends apart."""
+    """Character error rate, likewise; spaces at the ends do not count."""
     return error_rate([r.strip() for r in references], [h.strip() for h in hypotheses])
 
 
 def error_rate(references, hypotheses):
-    if len(references) != len(hypotheses) or not sum(map(len, references)):
-        raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references that hold something")
+    if len(references) != len(hypotheses) or not any(references):
+        raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
     return sum(map(edit_distance, references, hypotheses)) / sum(map(len, references))
 
 
 # EVALUATE, PREDICT ------------------------------------------------------------------------------------------
-def transcripts(model, data, cfg, device, beam_size):
-    """(texts, scores) of all utterances; each process does its share, and all get the result."""
+def transcribe(model, cfg, data, device, beam_size):
+    """The texts of all utterances; each process does its share, and all get the result."""
     model.eval()
-    batches, n = Batches(data, 30000, device), len(data[1])
-    order = np.argsort(batches.lengths, kind="stable")
-    width = max(1, max(batches.lengths) // cfg.stack >> cfg.layers)  # a hypothesis has no more characters
-    ids, scores = torch.zeros(n, width, dtype=torch.long, device=device), torch.zeros(n, device=device)
-    for number, (a, b) in enumerate(batches.cuts):
-        if number % WORLD == RANK:
-            x, lengths, _ = batches.gather(order[a:b])
-            rows, values = beam_search(model, x, lengths, beam_size, 0.5 if cfg.ctc_weight else 0)
-            for i, row, value in zip(order[a:b].tolist(), rows, values):
-                ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-                scores[i] = value
-    rows, scores = all_sum(ids).tolist(), all_sum(scores).tolist()
-    return ["".join(ALPHABET[i - 3] for i in row if i > 2).strip() for row in rows], scores
+    order = np.argsort(data.lengths, kind="stable")
+    ids = torch.zeros(len(order), 1 + (max(data.lengths) // cfg.stack >> cfg.layers), dtype=torch.long)
+    for a, b in data.cuts(30000)[RANK::WORLD]:
+        x, lengths, _ = data.batch(order[a:b], device)
+        rows = beam_search(model, x, lengths, beam_size, 0.5 if cfg.ctc_weight else 0.0)
+        for i, row in zip(order[a:b], rows):
+            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    rows = all_sum(ids.to(device)).tolist()
+    return ["".join(ALPHABET[i - 3] for i in row if i != PAD).strip() for row in rows]
 
 
 def evaluate(model, cfg, data, device, beam_size):
-    """(figures, texts): errors of free-running transcripts, never teacher-forced, in percent."""
-    texts, _ = transcripts(model, data, cfg, device, beam_size)
-    share = cer(data[2], texts)
-    distance = share * sum(map(len, data[2])) / len(texts)
-    return {"cer": 100 * share, "wer": 100 * wer(data[2], texts), "distance": distance}, texts
+    """(figures, texts): error rates in percent, and the mean number of character errors in an utterance, which
+    is Kaggle's measure for HW4P2. No true character is fed to the speller."""
+    texts = transcribe(model, cfg, data, device, beam_size)
+    figures = {"cer": 100 * cer(data.texts, texts), "wer": 100 * wer(data.texts, texts)}
+    return figures | {"distance": sum(map(edit_distance, data.texts, texts)) / len(texts)}, texts
 
 
 def score(model, cfg, data, folder, device):
     """The figures of the test set, or where there is none of the validation set; writes the transcripts."""
-    name = "test" if "test" in data else "val"
-    figures, texts = evaluate(model, cfg, data[name], device, cfg.beam_size)
-    files = {f"{name}.tsv": ["reference\thypothesis", *map("\t".join, zip(data[name][2], texts))]}
-    extra = find_files(Path("data", cfg.data, "test-clean", "mfcc"), "*.npy")
-    if cfg.data == "hw4p2" and extra:  # the task's own test set comes without transcripts
-        unknown = prepare(cfg, "submission", [(path, None) for path in extra], [1.0])
-        texts, _ = transcripts(model, unknown, cfg, device, cfg.beam_size)  # on all processes
-        if len(texts) == len(extra):
-            files["submission.csv"] = ["index,label", *(f"{i},{text}" for i, text in enumerate(texts))]
-        else:
-            say(f"note: no submission.csv, which takes all of the {len(extra)} files of test-clean")
+    split = "test" if "test" in data else "val"
+    figures, texts = evaluate(model, cfg, data[split], device, cfg.beam_size)
+    files = {f"{split}.tsv": ["reference\thypothesis", *map("\t".join, zip(data[split].texts, texts))]}
+    home = Path("data", cfg.data)
+    unknown = find_files(home / PARTS["test"] / "mfcc", "*.npy")  # HW4P2's test set, without transcripts
+    if unknown:
+        submission = Utterances(*prepare(cfg, "submission", [(path, None) for path in unknown], home))
+        texts = transcribe(model, cfg, submission, device, cfg.beam_size)
+        files["submission.csv"] = ["index,label", *(f"{i},{text}" for i, text in enumerate(texts))]
+        if len(texts) < len(unknown):
+            say(f"note: no submission.csv, which takes all of the {len(unknown)} files")
+            del files["submission.csv"]
     for file, lines in files.items() if RANK == 0 else ():
         (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return figures | {"n": len(data[name][2])}
+    return figures | {"n": len(data[split].texts)}
 
 
 @torch.no_grad()
 def draw(model, data, path, device):
-    """A picture of where the speller listens: one utterance, frames against characters, over its log-mels."""
+    """A picture of the attention to one utterance: time against characters, below its features."""
     if RANK or not (figure := new_figure(9, 6)):
         return
-    model.eval()
-    place = int(np.argsort(data[1])[len(data[1]) // 2])
-    begin, n, text = sum(data[1][:place]), data[1][place], data[2][place]
-    x, lengths, targets = Batches((data[0][begin : begin + n], [n], [text]), n, device).gather(np.array([0]))
-    _, attention, _ = model(x, lengths, targets)
-    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3])
-    seconds = x.shape[1] / 100
-    top.imshow(x[0].T.cpu().numpy(), aspect="auto", origin="lower", extent=(0, seconds, 0, x.shape[2]))
-    top.set_ylabel("feature")
-    u = targets.shape[1]
-    below.imshow(attention[0].cpu().numpy(), aspect="auto", cmap="Blues", extent=(0, seconds, u, 0))
-    below.set_yticks(np.arange(u) + 0.5, [*text.replace(" ", "_"), "end"], fontsize=7)
+    median = np.argsort(data.lengths)[len(data.lengths) // 2]
+    x, lengths, targets = data.batch([median], device)
+    _, attention, _ = model.eval()(x, lengths, targets)
+    seconds, characters = x.shape[1] / 100, targets.shape[1]
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3])
+    above.imshow(x[0].T.cpu().numpy(), aspect="auto", origin="lower", extent=(0, seconds, 0, x.shape[2]))
+    above.set_ylabel("feature")
+    below.imshow(attention[0].cpu().numpy(), aspect="auto", cmap="Blues", extent=(0, seconds, characters, 0))
+    below.set_yticks(np.arange(characters) + 0.5, [*data.texts[median].replace(" ", "_"), "end"], fontsize=7)
     below.set(xlabel="time (s)", ylabel="character")
     figure.savefig(path, dpi=90)
 
@@ -852,45 +719,42 @@ def build(cfg, n_features, device):
 
 
 def cut_at_pauses(x, longest):
-    """(T, F) -> parts of at most `longest` frames, cut where it is quietest in the second half of each, the
-    last of them no shorter than a quarter."""
+    """(T, F) -> [parts of at most `longest` frames], cut where it is quietest in the second half of each."""
     parts = []
     while len(x) > longest:
-        loud = F.avg_pool1d(x[:longest].mean(1)[None, None], 15, 1, 7)[0, 0]
-        at = longest // 2 + int(loud[longest // 2 : len(x) - longest // 4].argmin())
+        loudness = F.avg_pool1d(x[:longest].mean(1)[None, None], 15, 1, 7)[0, 0]
+        at = longest // 2 + int(loudness[longest // 2 : len(x) - longest // 4].argmin())
         parts, x = [*parts, x[:at]], x[at:]
     return [*parts, x]
 
 
 def predict(mode, inputs, flags):
-    """Every mode that uses a trained model."""
-    with contextlib.redirect_stdout(sys.stderr if mode == "transcribe" else sys.stdout):  # there, text only
+    """The modes eval and transcribe."""
+    with contextlib.redirect_stdout(sys.stderr if mode == "transcribe" else sys.stdout):
         cfg, ckpt, device, folder = open_checkpoint(flags)
-    model = build(cfg, ckpt["n_features"], device).eval()
+    n_features = ckpt["n_features"]
+    model = build(cfg, n_features, device)
     model.load_state_dict(ckpt["model"])
     if mode == "eval":
         data = load_data(cfg, training=False)
-        if (n := data["val"][0].shape[1]) != ckpt["n_features"]:
-            raise UserError(f"--data {cfg.data}: {n} features a frame; {cfg.ckpt} takes {ckpt['n_features']}")
+        if (n := data["val"].features.shape[1]) != n_features:
+            raise UserError(f"--data {cfg.data}: {n} features per frame; {cfg.ckpt} takes {n_features}")
         figures = score(model, cfg, data, folder, device)
         return say(f"{show(figures, digits=6)}\nwritten: {folder}/*.tsv")
     bad, lines = [], []
     for name in inputs:
         try:
             x = read_features(Path(name))
-            if x.shape[1] != ckpt["n_features"]:
-                raise ValueError(f"{x.shape[1]} features a frame, where the model takes {ckpt['n_features']}")
+            if x.shape[1] != n_features:
+                raise ValueError(f"{x.shape[1]} features per frame; the model takes {n_features}")
         except Exception as e:  # a damaged file can raise nearly anything; the others are done all the same
             bad.append(f"{name} ({e})")
             continue
         parts = cut_at_pauses(x, ckpt["longest"])
-        data = torch.cat(parts).half(), [len(part) for part in parts], [""] * len(parts)
-        texts, scores = transcripts(model, data, cfg, device, cfg.beam_size)
-        mean = np.average(scores, weights=[len(text) + 1 for text in texts])  # log-probability per character
-        line = {"file": name, "text": " ".join(filter(None, texts)), "seconds": len(x) / 100,
-                "score": round(float(mean), 4)}
-        say(json.dumps(line) if cfg.json else f"{name}: {line['text']}" if len(inputs) > 1 else line["text"])
-        lines.append(f"{name}\t{line['text']}\n")
+        data = Utterances(x, [len(part) for part in parts], [""] * len(parts))
+        text = " ".join(filter(None, transcribe(model, cfg, data, device, cfg.beam_size)))
+        say(f"{name}: {text}" if len(inputs) > 1 else text)
+        lines.append(f"{name}\t{text}\n")
     if cfg.save and RANK == 0:
         (folder / "transcripts.tsv").write_text("".join(lines), encoding="utf-8")
     if bad:
@@ -1237,14 +1101,17 @@ def main(argv=None):
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
 
     data = load_data(cfg)
-    batches, n_features = Batches(data["train"], cfg.batch_size, device), data["train"][0].shape[1]
-    _, frames, texts = data["train"]
-    if dense := sum(len(text) > n // cfg.stack >> cfg.layers for n, text in zip(frames, texts)):
+    train, n_features = data["train"], data["train"].features.shape[1]
+    cuts = train.cuts(cfg.batch_size)
+    if train.features.nbytes < 8e9:
+        train.features = train.features.to(device)
+    if dense := sum(len(text) > n // cfg.stack >> cfg.layers for n, text in zip(train.lengths, train.texts)):
         say(f"note: {dense:,} texts have more characters than the listener makes frames; lower --layers")
-    schedule = len(batches.cuts) * cfg.epochs
-    total, count = min(cfg.max_steps or schedule, schedule), round(sum(batches.lengths) / len(batches.cuts))
-    say(f"utterances: {', '.join(f'{len(part[1]):,} {name}' for name, part in data.items())}; {n_features} "
-        f"features; {sum(batches.lengths) / 360000:.2f} h to train on; steps: {total:,} of {count:,} frames")
+    schedule, count = len(cuts) * cfg.epochs, round(train.lengths.sum() / len(cuts))
+    total = min(cfg.max_steps or schedule, schedule)
+    sizes = ", ".join(f"{len(part.texts):,} {split}" for split, part in data.items())
+    say(f"utterances: {sizes}; {n_features} features; {train.lengths.sum() / 360000:.2f} h to train on; "
+        f"steps: {total:,} of {count:,} frames")
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, n_features, device)
@@ -1260,31 +1127,42 @@ def main(argv=None):
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
 
     def fetch(step):
-        torch.manual_seed(seed_for(cfg.seed, step, RANK))
-        return batches.get(cfg.seed, step)
+        """This rank's share of the batch of a step, which counts from 1: features (B, T, F), lengths (B,),
+        targets (B, U), numbers of characters (B,); and the number of characters, ends included, in the whole
+        batch. Utterances are sorted by their lengths times some noise, so that each epoch has other batches;
+        the first epoch goes from short to long ones, from which CTC learns sooner."""
+        epoch, place = divmod(step - 1, len(cuts))
+        rng = np.random.default_rng(seed_for(cfg.seed, epoch))
+        order = np.argsort(train.lengths * rng.uniform(1, 1.05, len(train.lengths)))
+        a, b = cuts[rng.permutation(len(cuts))[place] if epoch else place]
+        chosen = order[a:b][RANK::WORLD]
+        if not len(chosen):
+            chosen = order[a : a + 1]  # a process without an utterance of its own; the weight is 0
+        torch.manual_seed(seed_for(cfg.seed, step, RANK))  # of dropout, SpecAugment and speeds
+        speeds = torch.empty(len(chosen)).uniform_(1 - cfg.speed, 1 + cfg.speed).tolist()
+        weight = float(b - a > RANK)
+        sizes = torch.tensor([len(train.texts[i]) for i in chosen])
+        characters = sum(len(train.texts[i]) + 1 for i in order[a:b])
+        return *train.batch(chosen, device, speeds if cfg.speed else None), sizes, weight / characters
 
     def update(step, batch):
         """One optimizer step; -> the parts of the loss."""
-        x, lengths, targets, characters, utterances = batch
+        x, lengths, targets, sizes, weight = batch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step, schedule)
         raw.train()
-        warmup = min(cfg.warmup, schedule // 3)
-        share = max(0, step - warmup) / max(1, schedule - warmup)
         if cfg.specaugment:
             x = spec_augment(x, cfg.specaugment)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            logits, _, ctc_logits = model(x, lengths, targets, 1 - share * (1 - cfg.teacher))
-        weight = float(utterances > RANK)  # 0 for a process without an utterance of its own
+            logits, _, ctc_logits = model(x, lengths, targets, 1 - (1 - cfg.teacher) * step / schedule)
         spelling = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=PAD,
                                    reduction="sum", label_smoothing=0.1)
         log_p = ctc_logits.float().log_softmax(-1).transpose(0, 1)  # (T', B, V)
-        letters = targets.masked_fill(targets == EOS, PAD)
         if device.type == "mps":  # which has no CTC of its own
-            log_p, letters = log_p.cpu(), letters.cpu()
-        ctc = F.ctc_loss(log_p, letters, lengths // cfg.stack >> cfg.layers, (letters != PAD).sum(1), PAD,
-                         "sum", zero_infinity=True).to(device)  # a text longer than its sound has no path
-        spelling, ctc = (part * WORLD * weight / characters for part in (spelling, ctc))
+            log_p, targets = log_p.cpu(), targets.cpu()
+        ctc = F.ctc_loss(log_p, targets, lengths // cfg.stack >> cfg.layers, sizes, PAD, "sum",
+                         zero_infinity=True).to(device)  # a text longer than its sound has no path
+        spelling, ctc = spelling * weight * WORLD, ctc * weight * WORLD
         loss = (1 - cfg.ctc_weight) * spelling + cfg.ctc_weight * ctc
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1293,8 +1171,7 @@ def main(argv=None):
         return {"loss": loss, "spelling": spelling, "ctc": ctc}
 
     if mode == "bench":
-        later = len(batches.cuts)  # than the first epoch, which begins with the shortest utterances
-        return bench(run, lambda step: fetch(later + step), update, count)
+        return bench(run, lambda step: fetch(len(cuts) + step), update, count)  # not of the first epoch
 
     run.start(total)
     for step in range(run.step + 1, total + 1):
@@ -1305,12 +1182,9 @@ def main(argv=None):
             run.write("val", figures)
             if run.best is None or figures["cer"] < run.best:
                 run.best = figures["cer"]
-                run.save("best.pt", model=raw.state_dict(), n_features=n_features, alphabet=ALPHABET,
-                         longest=int(max(batches.lengths)))
+                run.save("best.pt", model=raw.state_dict(), n_features=n_features, longest=int(max(train.lengths)))
         if save:
             run.save("last.pt", model=raw.state_dict(), optimizer=optimizer.state_dict())
-        if check:
-            draw(raw, data["val"], run.folder / "attention.png", device)
         if run.stop:
             return
 
