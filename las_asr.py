@@ -116,8 +116,8 @@ def reverse(x, lengths):
 
 
 class BLSTM(nn.Module):
-    """A bidirectional LSTM over padded sequences: two LSTMs, one of them over the reversed sequences. Equal to
-    one over packed sequences, which is several times slower on a CPU."""
+    """A bidirectional LSTM over padded sequences: two LSTMs, one of them over the reversed sequences. Equal
+    to one over packed sequences, which is several times slower on a CPU."""
 
     def __init__(self, n_in, hidden):
         super().__init__()
@@ -202,7 +202,7 @@ class LAS(nn.Module):
         """The state before the first character, all zero: h and c of two LSTMs, context, coverage (N, T')."""
         _, values, mask = memory
         h1, c1, h2, c2, context = values.new_zeros(5, len(values), values.shape[2])
-        return h1, c1.float(), h2, c2.float(), context, values.new_zeros(mask.shape)
+        return h1, c1.float(), h2, c2.float(), context, torch.zeros_like(mask, dtype=torch.float32)
 
     def step(self, tokens, state, memory):
         """Spells a character: the one before it (N,) -> logits (N, V), attention (N, T'), the next state."""
@@ -244,8 +244,8 @@ class CTCPrefixes:
     """The CTC head's log p of all texts that begin with a hypothesis, for K hypotheses of each of B sounds
     (Watanabe et al., "Hybrid CTC/Attention Architecture", 2017, section III-B).
 
-    nonblank and blank (B, K, T' + 1): log p that the first t frames say the hypothesis and end in a character,
-    or in a blank (PAD). With a character c appended, they are (here without logarithms)
+    nonblank and blank (B, K, T' + 1) are log p that the first t frames say the hypothesis and end in a
+    character, or in a blank (PAD). With a character c appended, they are (here without logarithms)
         nonblank[t] = p_t(c) (nonblank[t - 1] + before[t - 1])
         blank[t] = p_t(PAD) (blank[t - 1] + nonblank[t - 1])
     where before is the old nonblank + blank, or blank alone if the hypothesis already ends in c.
@@ -261,8 +261,8 @@ class CTCPrefixes:
         self.nonblank = torch.full_like(self.blank, -1e5)
 
     def scores(self):
-        """log p of all texts that begin with a hypothesis and one more character: (B, K, V). In column EOS that
-        of the hypothesis alone."""
+        """log p of all texts that begin with a hypothesis and one more character: (B, K, V); in column EOS
+        that of the hypothesis alone."""
         both = torch.logaddexp(self.nonblank, self.blank)
         scores = torch.logsumexp(both[:, :, None, :-1] + self.log_p[:, None], -1)
         again = torch.logsumexp(self.blank[..., :-1] + self.log_p[self.sound, self.last], -1)
@@ -295,8 +295,8 @@ def greedy_decode(model, features, lengths, ctc_weight=0.5):
 @torch.no_grad()
 def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
     """The best of beam_size hypotheses by log p per character, the CTC head's weighted by ctc_weight, the
-    speller's by 1 - ctc_weight: (B, T, F), (B,) -> B lists of ids without EOS, none longer than T'. A sound is
-    done when its best finished hypothesis scores at least as well as its best unfinished one."""
+    speller's by 1 - ctc_weight: (B, T, F), (B,) -> B lists of ids without EOS, none longer than T'. A sound
+    is done when its best finished hypothesis scores at least as well as its best unfinished one."""
     memory, ctc_logits = model.listen(features, lengths)
     b, k, device, frames = len(features), beam_size, features.device, memory[2].sum(1)
     ctc = CTCPrefixes(ctc_logits, memory[2], k) if ctc_weight else None
@@ -414,8 +414,8 @@ def read_features(item):
 
 
 def clean(text):
-    """Upper case, A to Z, apostrophe and space; accents and punctuation are dropped. ValueError for digits and
-    symbols, whose spelling is not known, and if nothing is left."""
+    """Upper case, A to Z, apostrophe and space; accents and punctuation are dropped. ValueError for digits
+    and symbols, whose spelling is not known, and if nothing is left."""
     text = unicodedata.normalize("NFKD", text.replace("\u2019", "'").replace("\u2026", " ").upper())
     text = "".join(" " if c in "-\u2013\u2014/,;:!?_" or c.isspace() else c for c in text)
     text = "".join(c for c in text if unicodedata.category(c)[0] not in "MP" or c in "'&%@#")
@@ -433,7 +433,7 @@ def find_files(folder, pattern="**/*"):
 
 
 def find_utterances(cfg, folder, training=True):
-    """{"train", "val" and perhaps "test": [(a file of sound or features, or demo_voice's arguments; text)]}."""
+    """{"train", "val" and perhaps "test": [(sound or features file, or demo_voice's arguments; text)]}."""
     if cfg.data == "demo":
         return {"train": demo_set(1000, 40, 0), "val": demo_set(50, 10, 1), "test": demo_set(150, 10, 2)}
     if cfg.data == "librispeech":
@@ -480,14 +480,14 @@ def read_hw4p2(folder):
 
 
 def read_list(path):
-    """[(sound file, text)] of a TSV with a header that names `path` and `sentence`, `text` or `transcript`, or of
-    one without, whose first two columns they are; or of LJSpeech's metadata.csv. The files lie beside the list,
-    in clips/ (Common Voice) or in wavs/ (LJSpeech)."""
+    """[(sound file, text)] of a TSV: its columns `path` and `sentence`, `text` or `transcript`, without a
+    header the first two; or of LJSpeech's metadata.csv: `id|text|normalised text`. The files lie beside the
+    list, in clips/ (Common Voice) or in wavs/ (LJSpeech)."""
     lj = path.name == "metadata.csv"
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         header = lines[0].lower().strip().split("\t") if lines else []
-        names = ["path", "text", "sentence"] if lj else ["path", "sentence"]  # LJSpeech's sentence is normalised
+        names = ["path", "text", "sentence"] if lj else ["path", "sentence"]
         if "path" in header and {"sentence", "text", "transcript"} & {*header}:
             names, lines = header, lines[1:]
         rows = [*csv.DictReader(lines, names, delimiter="|" if lj else "\t", quoting=csv.QUOTE_NONE)]
@@ -505,10 +505,10 @@ def read_list(path):
 
 
 def download(folder):
-    """LibriSpeech, by torchaudio, which checks its digests; rank 0 moves it to its place when it is complete."""
+    """LibriSpeech, by torchaudio, which checks its digests; it gets its name when it is complete."""
     from torchaudio.datasets import LIBRISPEECH
     target, partial = folder / "LibriSpeech", folder / "download"
-    while RANK and not target.is_dir():
+    while RANK and not target.is_dir():  # the other processes wait for rank 0
         time.sleep(1)
     if target.is_dir():
         return
@@ -524,13 +524,13 @@ def download(folder):
 
 
 def extract(items, name):
-    """(features (N, F) of utterances one after another, float16; their lengths; their texts, a text of None
-    being unknown). What cannot be used is skipped and counted by reason; UserError if that is over 5 %."""
-    parts, texts, skipped = [], [], {}
+    """(features, texts) of utterances: lists of (T, F) float16 and of strings, "" for an unknown text (None).
+    What cannot be used is skipped and counted by reason; UserError if that is more than 5 %."""
+    features, texts, skipped = [], [], {}
     for number, (item, text) in enumerate(items, 1):
         try:
             text = "" if text is None else clean(text)
-            parts.append(read_features(item).half())
+            features.append(read_features(item).half())
             texts.append(text)
         except ImportError:  # of soundfile
             raise
@@ -546,21 +546,20 @@ def extract(items, name):
         raise UserError(f"{line}; at most 5 % may be")
     if count:
         say(f"note: {line}; skipped")
-    if len({part.shape[1] for part in parts}) > 1:
-        raise UserError(f"{name}: the files have different numbers of features per frame")
-    return torch.cat(parts), [len(part) for part in parts], texts
+    return features, texts
 
 
 def prepare(cfg, split, items, folder):
-    """What `extract` returns, made once, by rank 0, and kept in a file whose name depends on all that goes in."""
+    """Utterances of (file, text) pairs. Features are made once, by rank 0, and kept in a file in the folder
+    `cache` of the data, whose name depends on all that goes in."""
     if cfg.data == "demo":
-        return extract(items, split)
+        return Utterances(*extract(items, split))
     inputs = [(str(path), path.exists() and path.stat().st_mtime_ns, text) for path, text in items]
     home = folder if folder.is_dir() else folder.parent
-    cached = home / "cache" / f"{split}-{seed_for('log-mel 4', inputs):x}.pt"
+    cached = home / "cache" / f"{split}-{seed_for('log-mel 5', inputs):x}.pt"
     while RANK or cached.exists():
         with contextlib.suppress(Exception):  # not there yet; or damaged, then it is made again
-            return torch.load(cached, weights_only=True, mmap=True)
+            return Utterances(*torch.load(cached, weights_only=True, mmap=True))
         if RANK == 0:
             break
         time.sleep(1)
@@ -574,18 +573,17 @@ def prepare(cfg, split, items, folder):
         if WORLD > 1:
             raise UserError(f"{cached}: cannot be written ({e}), and other processes wait for it") from None
         say(f"note: the features are not kept ({e})")
-    return result
+    return Utterances(*result)
 
 
 class Utterances:
-    """Features (N, F) of utterances one after another, their lengths in frames, and their texts."""
+    """Features of utterances (list of (T, F)), their lengths in frames, and their texts."""
 
-    def __init__(self, features, lengths, texts):
-        self.features, self.lengths, self.texts = features, np.array(lengths), texts
-        self.ends = np.cumsum(lengths)
+    def __init__(self, features, texts):
+        self.features, self.texts, self.lengths = features, texts, np.array([len(x) for x in features])
 
     def cuts(self, budget):
-        """[(a, b)]: slices of the utterances sorted by length, at most `budget` frames each with the padding."""
+        """[(a, b)]: slices of the utterances sorted by length, each with at most `budget` padded frames."""
         starts = [0]
         for i, length in enumerate(np.sort(self.lengths)):
             if (i + 1 - starts[-1]) * length > budget and i > starts[-1]:
@@ -595,7 +593,7 @@ class Utterances:
     def batch(self, chosen, device, speeds=None):
         """Utterances given by number, at these speeds, by linear interpolation between their frames: features
         (B, T, F), lengths (B,) on the CPU, targets (B, U), all padded with 0."""
-        x = [self.features[self.ends[i] - self.lengths[i] : self.ends[i]].float() for i in chosen]
+        x = [self.features[i].float() for i in chosen]
         if speeds is not None:
             sizes = [max(1, round(len(part) / speed)) for part, speed in zip(x, speeds)]
             x = [F.interpolate(part.T[None], n, mode="linear")[0].T for part, n in zip(x, sizes)]
@@ -605,13 +603,17 @@ class Utterances:
         return x.to(device, non_blocking=True), lengths, targets.to(device, non_blocking=True)
 
 
-def load_data(cfg, training=True):
-    """{split: Utterances} of "train" (only for training), "val" and perhaps "test"."""
-    folder = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data)  # or a file
-    data = {split: Utterances(*prepare(cfg, split, items, folder))
-            for split, items in find_utterances(cfg, folder, training).items() if training or split != "train"}
-    if len({part.features.shape[1] for part in data.values()}) > 1:
-        raise UserError(f"--data {cfg.data}: its splits have different numbers of features per frame")
+def load_data(cfg, n_features=0):
+    """{split: Utterances} of "train", "val" and perhaps "test". For a trained model, which takes n_features
+    per frame, the training set is not read."""
+    folder, data = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data), {}
+    for split, items in find_utterances(cfg, folder, training=not n_features).items():
+        if split != "train" or not n_features:
+            data[split] = prepare(cfg, split, items, folder)
+    widths = {x.shape[1] for part in data.values() for x in part.features}
+    if widths != {n_features or min(widths)}:
+        needed = f"{cfg.ckpt} takes {n_features}" if n_features else "must be the same in all files"
+        raise UserError(f"--data {cfg.data}: {', '.join(map(str, sorted(widths)))} features per frame; {needed}")
     return data
 
 
@@ -669,8 +671,8 @@ def transcribe(model, cfg, data, device, beam_size):
 
 
 def evaluate(model, cfg, data, device, beam_size):
-    """(figures, texts): error rates in percent, and the mean number of character errors in an utterance, which
-    is Kaggle's measure for HW4P2. No true character is fed to the speller."""
+    """(figures, texts): error rates in percent, and the mean number of character errors in an utterance,
+    Kaggle's measure for HW4P2. No true character is fed to the speller."""
     texts = transcribe(model, cfg, data, device, beam_size)
     figures = {"cer": 100 * cer(data.texts, texts), "wer": 100 * wer(data.texts, texts)}
     return figures | {"distance": sum(map(edit_distance, data.texts, texts)) / len(texts)}, texts
@@ -684,7 +686,7 @@ def score(model, cfg, data, folder, device):
     home = Path("data", cfg.data)
     unknown = find_files(home / PARTS["test"] / "mfcc", "*.npy")  # HW4P2's test set, without transcripts
     if unknown:
-        submission = Utterances(*prepare(cfg, "submission", [(path, None) for path in unknown], home))
+        submission = prepare(cfg, "submission", [(path, None) for path in unknown], home)
         texts = transcribe(model, cfg, submission, device, cfg.beam_size)
         files["submission.csv"] = ["index,label", *(f"{i},{text}" for i, text in enumerate(texts))]
         if len(texts) < len(unknown):
@@ -736,10 +738,7 @@ def predict(mode, inputs, flags):
     model = build(cfg, n_features, device)
     model.load_state_dict(ckpt["model"])
     if mode == "eval":
-        data = load_data(cfg, training=False)
-        if (n := data["val"].features.shape[1]) != n_features:
-            raise UserError(f"--data {cfg.data}: {n} features per frame; {cfg.ckpt} takes {n_features}")
-        figures = score(model, cfg, data, folder, device)
+        figures = score(model, cfg, load_data(cfg, n_features), folder, device)
         return say(f"{show(figures, digits=6)}\nwritten: {folder}/*.tsv")
     bad, lines = [], []
     for name in inputs:
@@ -751,7 +750,7 @@ def predict(mode, inputs, flags):
             bad.append(f"{name} ({e})")
             continue
         parts = cut_at_pauses(x, ckpt["longest"])
-        data = Utterances(x, [len(part) for part in parts], [""] * len(parts))
+        data = Utterances(parts, [""] * len(parts))
         text = " ".join(filter(None, transcribe(model, cfg, data, device, cfg.beam_size)))
         say(f"{name}: {text}" if len(inputs) > 1 else text)
         lines.append(f"{name}\t{text}\n")
@@ -1101,10 +1100,10 @@ def main(argv=None):
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
 
     data = load_data(cfg)
-    train, n_features = data["train"], data["train"].features.shape[1]
+    train, n_features = data["train"], data["train"].features[0].shape[1]
     cuts = train.cuts(cfg.batch_size)
-    if train.features.nbytes < 8e9:
-        train.features = train.features.to(device)
+    if train.lengths.sum() * n_features < 4e9:  # 8 GB
+        train.features = [x.to(device) for x in train.features]
     if dense := sum(len(text) > n // cfg.stack >> cfg.layers for n, text in zip(train.lengths, train.texts)):
         say(f"note: {dense:,} texts have more characters than the listener makes frames; lower --layers")
     schedule, count = len(cuts) * cfg.epochs, round(train.lengths.sum() / len(cuts))
@@ -1182,7 +1181,8 @@ def main(argv=None):
             run.write("val", figures)
             if run.best is None or figures["cer"] < run.best:
                 run.best = figures["cer"]
-                run.save("best.pt", model=raw.state_dict(), n_features=n_features, longest=int(max(train.lengths)))
+                longest = int(train.lengths.max())  # utterance that it was trained on
+                run.save("best.pt", model=raw.state_dict(), n_features=n_features, longest=longest)
         if save:
             run.save("last.pt", model=raw.state_dict(), optimizer=optimizer.state_dict())
         if run.stop:

@@ -50,9 +50,9 @@ def test_features_and_the_demo_need_no_soundfile(tmp_path, monkeypatch):
     item = ("HELLO", 100.0, 1.0, 1.0, 0)
     assert las.read_features(item).shape[1] == 80
     (tmp_path / "b.wav").write_bytes(b"RIFF")
-    monkeypatch.setattr(las, "find_utterances", lambda *_: {"val": [(tmp_path / "b.wav", "HELLO")]})
+    monkeypatch.setattr(las, "find_utterances", lambda *_, **how: {"val": [(tmp_path / "b.wav", "HELLO")]})
     with pytest.raises(ImportError, match="soundfile"):  # and is no reason to skip a file
-        las.load_data(las.Config(data="demo"), training=False)
+        las.load_data(las.Config(data="demo"), 80)
 
 
 def test_text_is_mapped_where_obvious():
