@@ -28,7 +28,6 @@ loss: Kim et al., "Joint CTC-attention", 2017, arXiv 1609.06773; SpecAugment: Pa
 # ///
 import argparse
 import contextlib
-import csv
 import hashlib
 import inspect
 import json
@@ -105,6 +104,8 @@ CPU_BF16 = True  # measured: 1.3 times as fast as float32 on a CPU that multipli
 PAD, BOS, EOS = 0, 1, 2
 REACH = 16  # frames of the listener, to each side, within which the speller knows where it has listened
 ALPHABET = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+VOCABULARY = ["<pad>", "<bos>", "<eos>", *ALPHABET]
+CTC_IN_SEARCH = 0.5  # weight of the CTC head in the search, if there is one
 
 
 # MODEL ------------------------------------------------------------------------------------------------------
@@ -132,11 +133,6 @@ class BLSTM(nn.Module):
         return torch.cat([forth, reverse(back, lengths)], -1) * mask[:, :, None]
 
 
-def locked_dropout(x, p, training):
-    """Dropout with one mask for all frames of a sequence (Gal and Ghahramani, 2016): (B, T, F)."""
-    return x * F.dropout(torch.ones_like(x[:, :1]), p, training)
-
-
 def join_frames(x, lengths, n):
     """Concatenates each n neighbouring frames: (B, T, F), (B,) -> (B, T // n, n F), (B,)."""
     return x[:, : x.shape[1] // n * n].unflatten(1, (-1, n)).flatten(2), lengths // n
@@ -155,12 +151,10 @@ class Listener(nn.Module):
     def forward(self, x, lengths):
         """(B, T, F), (B,) -> (B, T', 2 hidden), (B,) with T' = T // stack // 2^layers, but at least 1."""
         x = F.pad(x, (0, 0, 0, max(0, (self.stack << len(self.pyramid)) - x.shape[1])))
-        x = self.base(*join_frames(x, lengths, self.stack))
-        lengths = lengths // self.stack
-        for layer in self.pyramid:
-            x, lengths = join_frames(locked_dropout(x, self.dropout, self.training), lengths, 2)
-            x = layer(x, lengths)
-        return locked_dropout(x, self.dropout, self.training), lengths
+        for layer, n in zip([self.base, *self.pyramid], [self.stack] + [2] * len(self.pyramid)):
+            x, lengths = join_frames(x, lengths, n)
+            x = F.dropout(layer(x, lengths), self.dropout, self.training)
+        return x, lengths
 
 
 def lstm_cell(gates, c):
@@ -196,16 +190,17 @@ class LAS(nn.Module):
         and the values (B, T', D), and the mask (B, T'), False in the padding; each sound has a frame."""
         h, lengths = self.listener(features, lengths.to(features.device, non_blocking=True))
         mask = torch.arange(h.shape[1], device=h.device) < lengths[:, None].clamp(min=1)
-        return (self.psi(h), self.value(h), mask), self.ctc(h)
+        return [self.psi(h), self.value(h), mask], self.ctc(h)
 
     def start(self, memory):
-        """The state before the first character, all zero: h and c of two LSTMs, context, coverage (N, T')."""
+        """The state before the first character, zeros: h1, c1, h2, c2, context (N, D), coverage (N, T')."""
         _, values, mask = memory
         h1, c1, h2, c2, context = values.new_zeros(5, len(values), values.shape[2])
-        return h1, c1.float(), h2, c2.float(), context, torch.zeros_like(mask, dtype=torch.float32)
+        return [h1, c1.float(), h2, c2.float(), context, torch.zeros_like(mask, dtype=torch.float32)]
 
     def step(self, tokens, state, memory):
-        """Spells a character: the one before it (N,) -> logits (N, V), attention (N, T'), the next state."""
+        """Spells a character: the one before it (N,) -> logits (N, V), attention (N, T'), the next state.
+        N is B in training, and B times the number of hypotheses in the search."""
         h1, c1, h2, c2, context, coverage = state
         keys, values, mask = memory
         y = F.dropout(torch.cat([self.embedding(tokens), context], -1), self.dropout, self.training)
@@ -219,25 +214,21 @@ class LAS(nn.Module):
         context = (attention[:, None].to(values.dtype) @ values)[:, 0]  # equation 11
         coverage = (coverage + attention.detach()).clamp(max=1)  # its gradient would come in bursts
         logits = self.character(torch.cat([h2, context], -1))  # equation 8
-        return logits, attention, (h1, c1, h2, c2, context, coverage)
+        return logits, attention, [h1, c1, h2, c2, context, coverage]
 
     def forward(self, features, lengths, targets, teacher=1.0):
         """(B, T, F), (B,), (B, U) -> logits (B, U, V), attention (B, U, T'), CTC logits (B, T', V). A step is
         fed the true character before its own (teacher forcing) or, in training, with probability 1 - teacher
-        the likeliest one by the model (scheduled sampling, section 3.3, where it is a random one)."""
+        the one that the model finds likeliest (scheduled sampling; in section 3.3 one drawn by its odds)."""
         memory, ctc_logits = self.listen(features, lengths)
         state, token, outputs = self.start(memory), torch.full_like(targets[:, 0], BOS), []
-        for true in targets.unbind(1):
+        for target in targets.unbind(1):
             logits, attention, state = self.step(token, state, memory)
             outputs.append((logits, attention))
-            forced = torch.rand(len(true), device=true.device) < (teacher if self.training else 1.0)
-            token = torch.where(forced, true, logits.argmax(-1))
+            forced = torch.rand(len(target), device=target.device) < (teacher if self.training else 1.0)
+            token = torch.where(forced, target, logits.argmax(-1))
         logits, attention = (torch.stack(part, 1) for part in zip(*outputs))
         return logits, attention, ctc_logits
-
-    def compile(self, **how):
-        """Compiles the step: the loop has another length in each batch, and an LSTM is one kernel already."""
-        self.step = torch.compile(self.step, dynamic=True, **how)
 
 
 class CTCPrefixes:
@@ -255,7 +246,7 @@ class CTCPrefixes:
         """logits (B, T', V); mask (B, T'), False in the padding, which counts as blanks."""
         log_p = logits.float().log_softmax(-1).clamp(min=-30).masked_fill(~mask[:, :, None], -30.0)
         log_p[..., PAD] = log_p[..., PAD].masked_fill(~mask, 0.0)
-        self.log_p, self.sound = log_p.mT, torch.arange(len(mask), device=mask.device)[:, None]
+        self.log_p, self.row = log_p.mT, torch.arange(len(mask), device=mask.device)[:, None]
         self.last = torch.full((len(mask), k), BOS, device=mask.device)
         self.blank = F.pad(self.log_p[:, PAD].cumsum(-1), (1, 0))[:, None].repeat(1, k, 1)
         self.nonblank = torch.full_like(self.blank, -1e5)
@@ -265,17 +256,17 @@ class CTCPrefixes:
         that of the hypothesis alone."""
         both = torch.logaddexp(self.nonblank, self.blank)
         scores = torch.logsumexp(both[:, :, None, :-1] + self.log_p[:, None], -1)
-        again = torch.logsumexp(self.blank[..., :-1] + self.log_p[self.sound, self.last], -1)
+        again = torch.logsumexp(self.blank[..., :-1] + self.log_p[self.row, self.last], -1)
         scores.scatter_(2, self.last[..., None], again[..., None])  # repeated only after a blank
         scores[..., EOS] = both[..., -1]
         return scores
 
     def extend(self, parent, token):
         """The next hypotheses: `token` appended to the one numbered `parent`, (B, K) each."""
-        nonblank, blank = self.nonblank[self.sound, parent], self.blank[self.sound, parent]
-        repeated = (token == self.last[self.sound, parent])[..., None]
+        nonblank, blank = self.nonblank[self.row, parent], self.blank[self.row, parent]
+        repeated = (token == self.last[self.row, parent])[..., None]
         before = torch.where(repeated, blank, torch.logaddexp(nonblank, blank))
-        self.nonblank = recursion(self.log_p[self.sound, token], before)
+        self.nonblank = recursion(self.log_p[self.row, token], before)
         self.blank = recursion(self.log_p[:, None, PAD], self.nonblank)
         self.last = token
 
@@ -294,15 +285,15 @@ def greedy_decode(model, features, lengths, ctc_weight=0.5):
 
 @torch.no_grad()
 def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
-    """The best of beam_size hypotheses by log p per character, the CTC head's weighted by ctc_weight, the
-    speller's by 1 - ctc_weight: (B, T, F), (B,) -> B lists of ids without EOS, none longer than T'. A sound
-    is done when its best finished hypothesis scores at least as well as its best unfinished one."""
+    """The best of beam_size hypotheses by ((1 - ctc_weight) log p + ctc_weight log p_CTC) / length:
+    (B, T, F), (B,) -> B lists of ids without EOS, none longer than T'. A sound is done when its best finished
+    hypothesis scores at least as well as its best unfinished one."""
     memory, ctc_logits = model.listen(features, lengths)
     b, k, device, frames = len(features), beam_size, features.device, memory[2].sum(1)
     ctc = CTCPrefixes(ctc_logits, memory[2], k) if ctc_weight else None
     memory = [part.repeat_interleave(k, 0) for part in memory]  # B K rows
     state, ids = model.start(memory), torch.full((b * k, 1), BOS, device=device)
-    sound = torch.arange(b, device=device)[:, None]
+    row = torch.arange(b, device=device)[:, None]
     spelled = torch.full((b, k), -math.inf, device=device)  # log p by the speller
     spelled[:, 0] = 0.0  # each sound begins with one hypothesis
     finished = [(-math.inf, [])] * b  # the best of each sound: (score, ids)
@@ -311,7 +302,8 @@ def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
         logits, _, state = model.step(ids[:, -1], state, memory)
         logits[:, [PAD, BOS]] = -math.inf  # never part of a text
         log_p = logits.float().log_softmax(-1).unflatten(0, (b, k))
-        log_p[frames < length, :, EOS + 1 :] = -math.inf  # every hypothesis ends here
+        ended = (frames < length)[:, None, None]
+        log_p[..., EOS + 1 :].masked_fill_(ended, -math.inf)  # no more characters than frames
         spelled = spelled[:, :, None] + log_p  # (B, K, V)
         total = (1 - ctc_weight) * spelled + ctc_weight * ctc.scores() if ctc else spelled
         total = total.masked_fill(spelled == -math.inf, -math.inf)  # nan if ctc_weight is 1
@@ -326,10 +318,10 @@ def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
         searching = {i for i in searching if finished[i][0] < unfinished[i]}
         if not searching:
             break
-        token, parent = token[sound, chosen], parent[sound, chosen]
-        spelled = spelled[sound, parent, token].masked_fill(best == -math.inf, -math.inf)
-        rows = (k * sound + parent).flatten()
-        ids, state = torch.cat([ids[rows], token.view(-1, 1)], 1), [part[rows] for part in state]
+        token, parent = token[row, chosen], parent[row, chosen]
+        spelled = spelled[row, parent, token].masked_fill(best == -math.inf, -math.inf)
+        origin = (k * row + parent).flatten()
+        ids, state = torch.cat([ids[origin], token.view(-1, 1)], 1), [part[origin] for part in state]
         if ctc:
             ctc.extend(parent, token)
     return [text for _, text in finished]
@@ -377,6 +369,11 @@ def demo_set(count, speakers, seed):
     return [((text, *voices[rng.integers(speakers)], int(rng.integers(1 << 30))), text) for text in texts]
 
 
+def normalised(x):
+    """(T, F) with mean 0 and variance 1 in each column."""
+    return (x - x.mean(0)) / x.std(0).clamp_min(1e-3)
+
+
 def log_mel(waveform, sample_rate):
     """80 log-mel energies (25 ms windows every 10 ms), each with mean 0 and variance 1 over the recording:
     (n,) or (channels, n) at any rate -> (T, 80) float32."""
@@ -386,8 +383,7 @@ def log_mel(waveform, sample_rate):
     wave = resample(wave.mean(0) if wave.dim() == 2 else wave, sample_rate, 16000)
     wave = F.pad(wave, (0, max(0, 400 - len(wave))))
     mel = MelSpectrogram(16000, n_fft=512, win_length=400, hop_length=160, n_mels=80)(wave)
-    x = (mel + 1e-6).log().T
-    return (x - x.mean(0)) / x.std(0).clamp_min(1e-3)
+    return normalised((mel + 1e-6).log().T)
 
 
 def read_features(item):
@@ -401,7 +397,7 @@ def read_features(item):
         x = torch.from_numpy(np.load(item)).float()
         if x.dim() != 2:
             raise ValueError(f"features must be (T, F), not {tuple(x.shape)}")
-        x = (x - x.mean(0)) / x.std(0).clamp_min(1e-3)
+        x = normalised(x)
     else:
         import soundfile
         wave, rate = soundfile.read(item, dtype="float32", always_2d=True)
@@ -414,8 +410,8 @@ def read_features(item):
 
 
 def clean(text):
-    """Upper case, A to Z, apostrophe and space; accents and punctuation are dropped. ValueError for digits
-    and symbols, whose spelling is not known, and if nothing is left."""
+    """Upper case, A to Z, apostrophe and space: "It’s a café-bar." becomes "IT'S A CAFE BAR". ValueError for
+    digits and symbols, whose spelling is not known, and if nothing is left."""
     text = unicodedata.normalize("NFKD", text.replace("\u2019", "'").replace("\u2026", " ").upper())
     text = "".join(" " if c in "-\u2013\u2014/,;:!?_" or c.isspace() else c for c in text)
     text = "".join(c for c in text if unicodedata.category(c)[0] not in "MP" or c in "'&%@#")
@@ -432,8 +428,9 @@ def find_files(folder, pattern="**/*"):
     return [p for p in sorted(folder.glob(pattern)) if not any(map(junk.match, p.relative_to(folder).parts))]
 
 
-def find_utterances(cfg, folder, training=True):
-    """{"train", "val" and perhaps "test": [(sound or features file, or demo_voice's arguments; text)]}."""
+def find_utterances(cfg, folder, training):
+    """{"train", "val", "test", "submission", or what there is of them: [(file of a sound or of features, or
+    demo_voice's arguments; text, None if unknown)]}. Without "val", a part of "train" takes its place."""
     if cfg.data == "demo":
         return {"train": demo_set(1000, 40, 0), "val": demo_set(50, 10, 1), "test": demo_set(150, 10, 2)}
     if cfg.data == "librispeech":
@@ -442,11 +439,12 @@ def find_utterances(cfg, folder, training=True):
         found = {split: read_librispeech(folder / "LibriSpeech" / part) for split, part in PARTS.items()}
     elif (folder / PARTS["train"] / "mfcc").is_dir():
         found = {split: read_hw4p2(folder / PARTS[split]) for split in ("train", "val")}
+        found["submission"] = [(p, None) for p in find_files(folder / PARTS["test"] / "mfcc", "*.npy")]
     elif (folder / "metadata.csv").exists():
         found = {"train": read_list(folder / "metadata.csv")}
     elif folder.is_dir():
         lists = {"train": folder / "train.tsv", "val": folder / "dev.tsv", "test": folder / "test.tsv"}
-        found = {split: read_list(path) for split, path in lists.items() if split == "train" or path.exists()}
+        found = {split: read_list(path) for split, path in lists.items() if path.exists()}
     else:
         found = {"train": read_list(folder)}
     found = {split: items for split, items in found.items() if items}
@@ -454,7 +452,8 @@ def find_utterances(cfg, folder, training=True):
         held = max(1, len(found["train"]) // 20)
         say(f"note: there is no validation set; the last {held} utterances of the training set are taken")
         found["train"], found["val"] = found["train"][:-held], found["train"][-held:]
-    for split in ("train", "val") if training else ("val",):
+    needed = ("train", "val") if training else ("test",) if "test" in found else ("val",)
+    for split in needed:
         if not found.get(split):
             raise UserError(f"{folder}: no utterances for {split}; data/README.md says what goes where")
     return found
@@ -486,21 +485,21 @@ def read_list(path):
     lj = path.name == "metadata.csv"
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        header = lines[0].lower().strip().split("\t") if lines else []
-        names = ["path", "text", "sentence"] if lj else ["path", "sentence"]
-        if "path" in header and {"sentence", "text", "transcript"} & {*header}:
-            names, lines = header, lines[1:]
-        rows = [*csv.DictReader(lines, names, delimiter="|" if lj else "\t", quoting=csv.QUOTE_NONE)]
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not a readable list ({e}); data/README.md says what goes where") from None
+    rows = [line.rstrip("\r").split("|" if lj else "\t") for line in lines]
+    header = [name.lower() for name in rows[0]] if rows else []
+    names = [name for name in ("sentence", "text", "transcript") if name in header]
+    file, text = 0, -1 if lj else 1  # columns
+    if "path" in header and names:
+        rows, file, text = rows[1:], header.index("path"), header.index(names[0])
     items = []
     for row in rows:
-        texts = [row[name] for name in ("sentence", "text", "transcript") if row.get(name) is not None]
-        if not texts or not row["path"]:
-            raise UserError(f"{path}: no tab between path and text in the line of {row['path']!r}")
-        file = path.parent / (f"wavs/{row['path']}.wav" if lj else row["path"])
-        clip = path.parent / "clips" / row["path"]
-        items.append((clip if clip.is_file() and not file.is_file() else file, texts[0]))
+        if len(row) <= max(file, text, 1):
+            raise UserError(f"{path}: a line without path and text: {' '.join(row)!r}")
+        sound = path.parent / (f"wavs/{row[file]}.wav" if lj else row[file])
+        clip = path.parent / "clips" / row[file]
+        items.append((clip if clip.is_file() and not sound.is_file() else sound, row[text]))
     return items
 
 
@@ -542,38 +541,30 @@ def extract(items, name):
     count = sum(map(len, skipped.values()))
     reasons = [f"{len(files)}: {reason} (first {files[0]})" for reason, files in skipped.items()]
     line = f"{count} of {len(items)} utterances of {name} are unusable: {', '.join(reasons[:5])}"
-    if len(items) < 20 * count:
-        raise UserError(f"{line}; at most 5 % may be")
+    if len(items) < 20 * count or count and items[0][1] is None:
+        raise UserError(f"{line}; at most 5 % may be, and none of a submission")
     if count:
         say(f"note: {line}; skipped")
     return features, texts
 
 
 def prepare(cfg, split, items, folder):
-    """Utterances of (file, text) pairs. Features are made once, by rank 0, and kept in a file in the folder
-    `cache` of the data, whose name depends on all that goes in."""
+    """Utterances of (file, text) pairs. Features are made once, by rank 0, and kept in the folder `cache` of
+    the data, in a file whose name depends on all that goes in."""
     if cfg.data == "demo":
         return Utterances(*extract(items, split))
     inputs = [(str(path), path.exists() and path.stat().st_mtime_ns, text) for path, text in items]
     home = folder if folder.is_dir() else folder.parent
-    cached = home / "cache" / f"{split}-{seed_for('log-mel 5', inputs):x}.pt"
-    while RANK or cached.exists():
-        with contextlib.suppress(Exception):  # not there yet; or damaged, then it is made again
-            return Utterances(*torch.load(cached, weights_only=True, mmap=True))
-        if RANK == 0:
-            break
-        time.sleep(1)
-    result, part = extract(items, f"{cfg.data}, {split},"), cached.with_suffix(f".{os.getpid()}.part")
-    try:
+    cached = home / "cache" / f"{split}-{seed_for('log-mel 5', inputs):x}.pt"  # 5: another for other features
+    if RANK == 0 and not cached.exists():
+        part = cached.with_suffix(f".{os.getpid()}.part")
+        result = extract(items, f"{cfg.data}, {split},")
         cached.parent.mkdir(exist_ok=True)
         torch.save(result, part)
         os.replace(part, cached)
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        if WORLD > 1:
-            raise UserError(f"{cached}: cannot be written ({e}), and other processes wait for it") from None
-        say(f"note: the features are not kept ({e})")
-    return Utterances(*result)
+    while not cached.exists():  # the other processes wait
+        time.sleep(1)
+    return Utterances(*torch.load(cached, weights_only=True, mmap=True))
 
 
 class Utterances:
@@ -598,22 +589,21 @@ class Utterances:
             sizes = [max(1, round(len(part) / speed)) for part, speed in zip(x, speeds)]
             x = [F.interpolate(part.T[None], n, mode="linear")[0].T for part, n in zip(x, sizes)]
         lengths = torch.tensor([len(part) for part in x])
-        targets = [torch.tensor([*(3 + ALPHABET.index(c) for c in self.texts[i]), EOS]) for i in chosen]
+        targets = [torch.tensor([*map(VOCABULARY.index, self.texts[i]), EOS]) for i in chosen]
         x, targets = (nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (x, targets))
         return x.to(device, non_blocking=True), lengths, targets.to(device, non_blocking=True)
 
 
 def load_data(cfg, n_features=0):
-    """{split: Utterances} of "train", "val" and perhaps "test". For a trained model, which takes n_features
-    per frame, the training set is not read."""
+    """{split: Utterances}; for a trained model, which takes n_features per frame, without "train"."""
     folder, data = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data), {}
     for split, items in find_utterances(cfg, folder, training=not n_features).items():
         if split != "train" or not n_features:
             data[split] = prepare(cfg, split, items, folder)
-    widths = {x.shape[1] for part in data.values() for x in part.features}
-    if widths != {n_features or min(widths)}:
-        needed = f"{cfg.ckpt} takes {n_features}" if n_features else "must be the same in all files"
-        raise UserError(f"--data {cfg.data}: {', '.join(map(str, sorted(widths)))} features per frame; {needed}")
+    widths = {x.shape[1] for part in data.values() for x in part.features} | {n_features} - {0}
+    if len(widths) > 1:
+        known = f"; {cfg.ckpt} takes {n_features}" if n_features else ""
+        raise UserError(f"--data {cfg.data}: {' and '.join(map(str, widths))} features per frame{known}")
     return data
 
 
@@ -656,26 +646,27 @@ def error_rate(references, hypotheses):
 
 
 # EVALUATE, PREDICT ------------------------------------------------------------------------------------------
-def transcribe(model, cfg, data, device, beam_size):
+def decode(model, cfg, data, device, beam_size):
     """The texts of all utterances; each process does its share, and all get the result."""
     model.eval()
     order = np.argsort(data.lengths, kind="stable")
     ids = torch.zeros(len(order), 1 + (max(data.lengths) // cfg.stack >> cfg.layers), dtype=torch.long)
     for a, b in data.cuts(30000)[RANK::WORLD]:
         x, lengths, _ = data.batch(order[a:b], device)
-        rows = beam_search(model, x, lengths, beam_size, 0.5 if cfg.ctc_weight else 0.0)
+        rows = beam_search(model, x, lengths, beam_size, CTC_IN_SEARCH if cfg.ctc_weight else 0.0)
         for i, row in zip(order[a:b], rows):
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
     rows = all_sum(ids.to(device)).tolist()
-    return ["".join(ALPHABET[i - 3] for i in row if i != PAD).strip() for row in rows]
+    return ["".join(VOCABULARY[i] for i in row if i != PAD).strip() for row in rows]
 
 
 def evaluate(model, cfg, data, device, beam_size):
     """(figures, texts): error rates in percent, and the mean number of character errors in an utterance,
     Kaggle's measure for HW4P2. No true character is fed to the speller."""
-    texts = transcribe(model, cfg, data, device, beam_size)
-    figures = {"cer": 100 * cer(data.texts, texts), "wer": 100 * wer(data.texts, texts)}
-    return figures | {"distance": sum(map(edit_distance, data.texts, texts)) / len(texts)}, texts
+    texts = decode(model, cfg, data, device, beam_size)
+    share = cer(data.texts, texts)
+    distance = share * sum(map(len, data.texts)) / len(texts)
+    return {"cer": 100 * share, "wer": 100 * wer(data.texts, texts), "distance": distance}, texts
 
 
 def score(model, cfg, data, folder, device):
@@ -683,18 +674,13 @@ def score(model, cfg, data, folder, device):
     split = "test" if "test" in data else "val"
     figures, texts = evaluate(model, cfg, data[split], device, cfg.beam_size)
     files = {f"{split}.tsv": ["reference\thypothesis", *map("\t".join, zip(data[split].texts, texts))]}
-    home = Path("data", cfg.data)
-    unknown = find_files(home / PARTS["test"] / "mfcc", "*.npy")  # HW4P2's test set, without transcripts
-    if unknown:
-        submission = prepare(cfg, "submission", [(path, None) for path in unknown], home)
-        texts = transcribe(model, cfg, submission, device, cfg.beam_size)
-        files["submission.csv"] = ["index,label", *(f"{i},{text}" for i, text in enumerate(texts))]
-        if len(texts) < len(unknown):
-            say(f"note: no submission.csv, which takes all of the {len(unknown)} files")
-            del files["submission.csv"]
-    for file, lines in files.items() if RANK == 0 else ():
-        (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return figures | {"n": len(data[split].texts)}
+    if "submission" in data:  # HW4P2's test set, without transcripts
+        lines = enumerate(decode(model, cfg, data["submission"], device, cfg.beam_size))
+        files["submission.csv"] = ["index,label", *(f"{i},{text}" for i, text in lines)]
+    for file, lines in files.items():
+        if RANK == 0:
+            (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return figures | {"n": len(texts)}
 
 
 @torch.no_grad()
@@ -717,11 +703,12 @@ def draw(model, data, path, device):
 
 def build(cfg, n_features, device):
     shape = cfg.hidden, cfg.layers, cfg.speller, cfg.dropout, cfg.stack
-    return LAS(n_features, 3 + len(ALPHABET), *shape).to(device)
+    return LAS(n_features, len(VOCABULARY), *shape).to(device)
 
 
 def cut_at_pauses(x, longest):
-    """(T, F) -> [parts of at most `longest` frames], cut where it is quietest in the second half of each."""
+    """(T, F) -> [parts of at most `longest` frames], cut where it is quietest in the second half of each; the
+    last has at least a quarter of them."""
     parts = []
     while len(x) > longest:
         loudness = F.avg_pool1d(x[:longest].mean(1)[None, None], 15, 1, 7)[0, 0]
@@ -740,7 +727,7 @@ def predict(mode, inputs, flags):
     if mode == "eval":
         figures = score(model, cfg, load_data(cfg, n_features), folder, device)
         return say(f"{show(figures, digits=6)}\nwritten: {folder}/*.tsv")
-    bad, lines = [], []
+    bad = []
     for name in inputs:
         try:
             x = read_features(Path(name))
@@ -751,11 +738,8 @@ def predict(mode, inputs, flags):
             continue
         parts = cut_at_pauses(x, ckpt["longest"])
         data = Utterances(parts, [""] * len(parts))
-        text = " ".join(filter(None, transcribe(model, cfg, data, device, cfg.beam_size)))
+        text = " ".join(filter(None, decode(model, cfg, data, device, cfg.beam_size)))
         say(f"{name}: {text}" if len(inputs) > 1 else text)
-        lines.append(f"{name}\t{text}\n")
-    if cfg.save and RANK == 0:
-        (folder / "transcripts.tsv").write_text("".join(lines), encoding="utf-8")
     if bad:
         raise UserError(f"{', '.join(bad[:5])}: cannot be heard; give sound files, or features as .npy")
 
@@ -1108,8 +1092,8 @@ def main(argv=None):
         say(f"note: {dense:,} texts have more characters than the listener makes frames; lower --layers")
     schedule, count = len(cuts) * cfg.epochs, round(train.lengths.sum() / len(cuts))
     total = min(cfg.max_steps or schedule, schedule)
-    sizes = ", ".join(f"{len(part.texts):,} {split}" for split, part in data.items())
-    say(f"utterances: {sizes}; {n_features} features; {train.lengths.sum() / 360000:.2f} h to train on; "
+    counts = ", ".join(f"{len(part.texts):,} {split}" for split, part in data.items())
+    say(f"utterances: {counts}; {n_features} features; {train.lengths.sum() / 360000:.2f} h to train on; "
         f"steps: {total:,} of {count:,} frames")
 
     torch.manual_seed(cfg.seed)
@@ -1122,27 +1106,25 @@ def main(argv=None):
         optimizer.load_state_dict(ckpt["optimizer"])
     on_cuda = device.type == "cuda" and sys.platform == "linux"
     if cfg.compile == "on" or (cfg.compile == "auto" and on_cuda):
-        raw.compile()  # in place, so that its weights keep their names
+        raw.step = torch.compile(raw.step, dynamic=True)  # the loop over it has another length in each batch
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
 
     def fetch(step):
         """This rank's share of the batch of a step, which counts from 1: features (B, T, F), lengths (B,),
-        targets (B, U), numbers of characters (B,); and the number of characters, ends included, in the whole
-        batch. Utterances are sorted by their lengths times some noise, so that each epoch has other batches;
-        the first epoch goes from short to long ones, from which CTC learns sooner."""
+        targets (B, U), numbers of characters (B,), and the weight of their losses, whose mean over the ranks
+        (as DDP takes it) is the mean over all characters. Utterances are sorted by their lengths times some
+        noise, so that epochs differ; the first one goes from short to long, from which CTC learns sooner."""
         epoch, place = divmod(step - 1, len(cuts))
         rng = np.random.default_rng(seed_for(cfg.seed, epoch))
         order = np.argsort(train.lengths * rng.uniform(1, 1.05, len(train.lengths)))
         a, b = cuts[rng.permutation(len(cuts))[place] if epoch else place]
-        chosen = order[a:b][RANK::WORLD]
-        if not len(chosen):
-            chosen = order[a : a + 1]  # a process without an utterance of its own; the weight is 0
+        chosen, weight = order[a:b][RANK::WORLD], WORLD / sum(len(train.texts[i]) + 1 for i in order[a:b])
+        if not len(chosen):  # fewer utterances than processes: this one takes part with a weight of 0
+            chosen, weight = order[a : a + 1], 0.0
         torch.manual_seed(seed_for(cfg.seed, step, RANK))  # of dropout, SpecAugment and speeds
         speeds = torch.empty(len(chosen)).uniform_(1 - cfg.speed, 1 + cfg.speed).tolist()
-        weight = float(b - a > RANK)
         sizes = torch.tensor([len(train.texts[i]) for i in chosen])
-        characters = sum(len(train.texts[i]) + 1 for i in order[a:b])
-        return *train.batch(chosen, device, speeds if cfg.speed else None), sizes, weight / characters
+        return *train.batch(chosen, device, speeds if cfg.speed else None), sizes, weight
 
     def update(step, batch):
         """One optimizer step; -> the parts of the loss."""
@@ -1161,7 +1143,7 @@ def main(argv=None):
             log_p, targets = log_p.cpu(), targets.cpu()
         ctc = F.ctc_loss(log_p, targets, lengths // cfg.stack >> cfg.layers, sizes, PAD, "sum",
                          zero_infinity=True).to(device)  # a text longer than its sound has no path
-        spelling, ctc = spelling * weight * WORLD, ctc * weight * WORLD
+        spelling, ctc = spelling * weight, ctc * weight
         loss = (1 - cfg.ctc_weight) * spelling + cfg.ctc_weight * ctc
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

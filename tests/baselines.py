@@ -198,7 +198,7 @@ def las(flags, rounds, steps):
     own, far = (list(net.parameters()) for net in (ours, notebook))
     optimizers = torch.optim.AdamW(own, 1e-4, fused=True), torch.optim.Adam(far, 1e-4)
     if device.type == "cuda":
-        ours.compile()
+        ours.step = torch.compile(ours.step, dynamic=True)
     on_device, cfg = lengths.to(device), module.Config(device=device.type)
     module.pick_device(cfg)
     dtype = cfg.dtype
