@@ -144,16 +144,16 @@ class Listener(nn.Module):
 
     def __init__(self, n_features, hidden, layers, dropout, stack):
         super().__init__()
-        self.base = BLSTM(stack * n_features, hidden)
-        self.pyramid = nn.ModuleList(BLSTM(4 * hidden, hidden) for _ in range(layers))
-        self.dropout, self.stack = dropout, stack
+        inputs = [stack * n_features] + [4 * hidden] * layers
+        self.blstms = nn.ModuleList(BLSTM(n_in, hidden) for n_in in inputs)
+        self.joined, self.dropout = [stack] + [2] * layers, dropout
 
     def forward(self, x, lengths):
         """(B, T, F), (B,) -> (B, T', 2 hidden), (B,) with T' = T // stack // 2^layers, but at least 1."""
-        x = F.pad(x, (0, 0, 0, max(0, (self.stack << len(self.pyramid)) - x.shape[1])))
-        for layer, n in zip([self.base, *self.pyramid], [self.stack] + [2] * len(self.pyramid)):
+        x = F.pad(x, (0, 0, 0, max(0, math.prod(self.joined) - x.shape[1])))
+        for blstm, n in zip(self.blstms, self.joined):
             x, lengths = join_frames(x, lengths, n)
-            x = F.dropout(layer(x, lengths), self.dropout, self.training)
+            x = F.dropout(blstm(x, lengths), self.dropout, self.training)
         return x, lengths
 
 
