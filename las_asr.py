@@ -2,7 +2,7 @@
 
     python las_asr.py --data demo                            # a generated voice: no download, no GPU
     python las_asr.py --data librispeech                     # 100 hours; 7 GB downloaded on first use
-    python las_asr.py --data path/to/train.tsv               # your own: lines of path, tab, transcript
+    python las_asr.py --data path/to/train.tsv               # your own; or a folder: data/README.md
     torchrun --nproc_per_node=8 las_asr.py --data librispeech
     python las_asr.py --data librispeech --resume            # continue a run that was stopped
 
@@ -17,10 +17,10 @@ Measured on one thread of a CPU (AMD EPYC; the demo in bfloat16), other work bes
 
 The preset for LibriSpeech's 100 hours has not been run to its end.
 
-Paper: Chan et al., "Listen, Attend and Spell", 2016, arXiv 1508.01211. Attention that knows where it was:
-Chorowski et al., 2015, arXiv 1506.07503, and Battenberg et al., 2020, arXiv 1910.10288; the auxiliary CTC
-loss: Kim et al., "Joint CTC-attention", 2017, arXiv 1609.06773; SpecAugment: Park et al., 2019, arXiv
-1904.08779; speed perturbation: Ko et al., 2015. Data: Panayotov et al., "LibriSpeech", 2015 (CC BY 4.0).
+Paper: Chan et al., "Listen, Attend and Spell", 2016, arXiv 1508.01211. Location-aware attention: Chorowski et
+al., 2015, arXiv 1506.07503, Battenberg et al., 2020, arXiv 1910.10288; the CTC loss beside it: Kim et al.,
+"Joint CTC-attention", 2017, arXiv 1609.06773; SpecAugment: Park et al., 2019, arXiv 1904.08779; speed
+perturbation: Ko et al., 2015. Data: Panayotov et al., "LibriSpeech", 2015 (CC BY 4.0).
 """
 # /// script
 # requires-python = ">=3.10"
@@ -80,7 +80,7 @@ class Config:
     ctc_weight: float = 0.3  # 0 to 1, weight of the CTC loss on the listener; 0: none in the search, either
     teacher: float = 0.9  # 0 to 1, scheduled sampling: final share of true characters fed to the speller
     specaugment: float = 1.0  # 0 to 3, strength of SpecAugment; 0: none
-    speed: float = 0.1  # 0 to 0.5, speed perturbation: each recording is up to this much slower or faster
+    speed: float = 0.1  # 0 to 0.5, speed perturbation: recordings are up to this share slower or faster
     epochs: int = 20  # passes over the training set
     warmup: int = 500  # 0 to 1000000, steps in which the learning rate rises
     beam_size: int = 4  # hypotheses kept in beam search
