@@ -537,10 +537,10 @@ def extract(items, name):
             reason = str(getattr(e, "error_string", e))  # soundfile's, which does not name the file
             skipped.setdefault(reason, []).append(item)
         if number % 2000 == 0:
-            say(f"features of {name}: {number:,} of {len(items):,} files")
+            say(f"{name}: features of {number:,} of {len(items):,} files")
     count = sum(map(len, skipped.values()))
     reasons = [f"{len(files)}: {reason} (first {files[0]})" for reason, files in skipped.items()]
-    line = f"{count} of {len(items)} utterances of {name} are unusable: {', '.join(reasons[:5])}"
+    line = f"{name}: {count} of {len(items)} utterances are unusable, {', '.join(reasons[:5])}"
     if len(items) < 20 * count or count and items[0][1] is None:
         raise UserError(f"{line}; at most 5 % may be, and none of a submission")
     if count:
@@ -557,8 +557,7 @@ def prepare(cfg, split, items, folder):
     home = folder if folder.is_dir() else folder.parent
     cached = home / "cache" / f"{split}-{seed_for('log-mel 5', inputs):x}.pt"  # 5: another for other features
     if RANK == 0 and not cached.exists():
-        part = cached.with_suffix(f".{os.getpid()}.part")
-        result = extract(items, f"{cfg.data}, {split},")
+        result, part = extract(items, f"{cfg.data}: {split}"), cached.with_suffix(f".{os.getpid()}.part")
         cached.parent.mkdir(exist_ok=True)
         torch.save(result, part)
         os.replace(part, cached)
