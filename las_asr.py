@@ -99,10 +99,10 @@ MODES = {"train": ("", "train, then test (default)"),
          "transcribe": ("FILE...", "print the text of each sound file"),
          "bench": ("", "time the training step")}
 UNIT = "frames"  # what a batch is counted in
-SHAPE = {"hidden", "stack", "layers", "speller"}  # what a checkpoint alone decides
+SHAPE = {"hidden", "stack", "layers", "speller"}  # fields that a checkpoint fixes
 CPU_BF16 = True  # measured: 1.3 times as fast as float32 on a CPU that multiplies bfloat16
-PAD, BOS, EOS = 0, 1, 2
-REACH = 16  # frames of the listener, to each side, within which the speller knows where it has listened
+PAD, BOS, EOS = 0, 1, 2  # PAD is CTC's blank, too
+REACH = 16  # half the width of the location filter, in frames of the listener
 ALPHABET = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 VOCABULARY = ["<pad>", "<bos>", "<eos>", *ALPHABET]
 CTC_IN_SEARCH = 0.5  # weight of the CTC head in the search, if there is one
@@ -167,11 +167,10 @@ def lstm_cell(gates, c):
 class LAS(nn.Module):
     """Listener, attention and speller: the logits of each character, given the sound and those before it.
 
-    Unlike in the paper, the attention knows where it has been (Chorowski et al., 2015): the coverage, the sum
-    of all attention so far, is filtered and added to the energies; the speller's state makes the filter
-    (Battenberg et al., 2020). By content alone (equation 9) it confuses places that sound alike. Further
-    differences: phi and psi are linear, the energies are scaled, the context sums a linear layer's values.
-    Targets (B, U) end in EOS, then PAD, without BOS: the shift is inside.
+    Unlike in the paper, the attention is location-aware (Chorowski et al., 2015): the coverage, which is the
+    sum of all attention so far, is filtered and added to the energies. The filter is computed from the
+    speller's state (Battenberg et al., 2020). Further differences: phi and psi are linear, the energies are
+    scaled, the context sums a linear layer's values. Targets (B, U) end in EOS, then PAD, without BOS.
     """
 
     def __init__(self, n_features, vocab_size, hidden=256, layers=1, speller=256, dropout=0.3, stack=1):
@@ -187,7 +186,7 @@ class LAS(nn.Module):
 
     def listen(self, features, lengths):
         """(B, T, F), (B,) -> memory, which `step` attends to, and CTC logits (B, T', V). The memory is psi(h)
-        and the values (B, T', D), and the mask (B, T'), False in the padding; each sound has a frame."""
+        and the values (B, T', D), and the mask (B, T'), False in the padding. At least one frame is True."""
         h, lengths = self.listener(features, lengths.to(features.device, non_blocking=True))
         mask = torch.arange(h.shape[1], device=h.device) < lengths[:, None].clamp(min=1)
         return [self.psi(h), self.value(h), mask], self.ctc(h)
@@ -201,25 +200,25 @@ class LAS(nn.Module):
     def step(self, tokens, state, memory):
         """Spells a character: the one before it (N,) -> logits (N, V), attention (N, T'), the next state.
         N is B in training, and B times the number of hypotheses in the search."""
-        h1, c1, h2, c2, context, coverage = state
+        h1, c1, h2, c2, context, coverage = state  # (N, D), but the coverage (N, T')
         keys, values, mask = memory
         y = F.dropout(torch.cat([self.embedding(tokens), context], -1), self.dropout, self.training)
         h1, c1 = lstm_cell(self.cells[0](torch.cat([y, h1], -1)), c1)  # s = RNN(s, y, c), equation 7
         h2, c2 = lstm_cell(self.cells[1](torch.cat([h1, h2], -1)), c2)
         energies = (keys @ self.phi(h2)[:, :, None])[:, :, 0] / math.sqrt(h2.shape[1])  # equation 9
-        near = F.pad(F.pad(coverage, (REACH, 0), value=1.0), (0, REACH))  # 1 before the sound, 0 behind it
-        near = near.unfold(1, 2 * REACH + 1, 1)  # (N, T', 2 REACH + 1): the coverage around each frame
-        energies = energies + (near @ self.filter(h2)[:, :, None])[:, :, 0]
+        padded = F.pad(F.pad(coverage, (REACH, 0), value=1.0), (0, REACH))  # before the sound all is covered
+        windows = padded.unfold(1, 2 * REACH + 1, 1)  # (N, T', 2 REACH + 1): the coverage around each frame
+        energies = energies + (windows @ self.filter(h2)[:, :, None])[:, :, 0]  # (N, T')
         attention = energies.float().masked_fill(~mask, -math.inf).softmax(-1)  # equation 10
         context = (attention[:, None].to(values.dtype) @ values)[:, 0]  # equation 11
-        coverage = (coverage + attention.detach()).clamp(max=1)  # its gradient would come in bursts
+        coverage = (coverage + attention.detach()).clamp(max=1)  # its gradient would explode at times
         logits = self.character(torch.cat([h2, context], -1))  # equation 8
         return logits, attention, [h1, c1, h2, c2, context, coverage]
 
     def forward(self, features, lengths, targets, teacher=1.0):
         """(B, T, F), (B,), (B, U) -> logits (B, U, V), attention (B, U, T'), CTC logits (B, T', V). A step is
         fed the true character before its own (teacher forcing) or, in training, with probability 1 - teacher
-        the one that the model finds likeliest (scheduled sampling; in section 3.3 one drawn by its odds)."""
+        the one that the model finds likeliest (scheduled sampling; the paper draws it, section 3.3)."""
         memory, ctc_logits = self.listen(features, lengths)
         state, token, outputs = self.start(memory), torch.full_like(targets[:, 0], BOS), []
         for target in targets.unbind(1):
@@ -235,7 +234,7 @@ class CTCPrefixes:
     """The CTC head's log p of all texts that begin with a hypothesis, for K hypotheses of each of B sounds
     (Watanabe et al., "Hybrid CTC/Attention Architecture", 2017, section III-B).
 
-    nonblank and blank (B, K, T' + 1) are log p that the first t frames say the hypothesis and end in a
+    nonblank and blank (B, K, T' + 1) are log p that the first t frames spell the hypothesis and end in a
     character, or in a blank (PAD). With a character c appended, they are (here without logarithms)
         nonblank[t] = p_t(c) (nonblank[t - 1] + before[t - 1])
         blank[t] = p_t(PAD) (blank[t - 1] + nonblank[t - 1])
@@ -299,16 +298,16 @@ def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
     finished = [(-math.inf, [])] * b  # the best of each sound: (score, ids)
     searching = set(range(b))  # sounds that are not done
     for length in range(1, memory[2].shape[1] + 2):
-        logits, _, state = model.step(ids[:, -1], state, memory)
-        logits[:, [PAD, BOS]] = -math.inf  # never part of a text
+        logits, _, state = model.step(ids[:, -1].contiguous(), state, memory)
+        logits[:, :EOS] = -math.inf  # PAD and BOS are never part of a text
         log_p = logits.float().log_softmax(-1).unflatten(0, (b, k))
         ended = (frames < length)[:, None, None]
         log_p[..., EOS + 1 :].masked_fill_(ended, -math.inf)  # no more characters than frames
         spelled = spelled[:, :, None] + log_p  # (B, K, V)
-        total = (1 - ctc_weight) * spelled + ctc_weight * ctc.scores() if ctc else spelled
-        total = total.masked_fill(spelled == -math.inf, -math.inf)  # nan if ctc_weight is 1
-        best, index = total.flatten(1).topk(2 * k)  # 2 K candidates, of which at most K end
-        token, parent = index % total.shape[2], index // total.shape[2]
+        scores = (1 - ctc_weight) * spelled + ctc_weight * ctc.scores() if ctc else spelled
+        scores = scores.masked_fill(spelled == -math.inf, -math.inf)  # nan if ctc_weight is 1
+        best, index = scores.flatten(1).topk(2 * k)  # (B, 2 K), of which at most K end
+        token, parent = index % scores.shape[2], index // scores.shape[2]
         candidates = (best / length).tolist()
         for i, j in (token[:, :k] == EOS).nonzero().tolist():  # only an end among the best K counts
             if i in searching and candidates[i][j] > finished[i][0]:
@@ -412,12 +411,13 @@ def read_features(item):
 def clean(text):
     """Upper case, A to Z, apostrophe and space: "It’s a café-bar." becomes "IT'S A CAFE BAR". ValueError for
     digits and symbols, whose spelling is not known, and if nothing is left."""
-    text = unicodedata.normalize("NFKD", text.replace("\u2019", "'").replace("\u2026", " ").upper())
+    text = re.sub("[\u2019\u02bc\u00b4`]", "'", text).replace("\u2026", " ")
+    text = unicodedata.normalize("NFKD", text.upper())
     text = "".join(" " if c in "-\u2013\u2014/,;:!?_" or c.isspace() else c for c in text)
     text = "".join(c for c in text if unicodedata.category(c)[0] not in "MP" or c in "'&%@#")
     if unknown := set(text) - set(ALPHABET):
         raise ValueError(f"{min(unknown)!r} in the transcript")
-    if not text.split():
+    if not text.strip(" '"):
         raise ValueError("the transcript is empty")
     return " ".join(text.split())
 
@@ -428,25 +428,25 @@ def find_files(folder, pattern="**/*"):
     return [p for p in sorted(folder.glob(pattern)) if not any(map(junk.match, p.relative_to(folder).parts))]
 
 
-def find_utterances(cfg, folder, training):
-    """{"train", "val", "test", "submission", or what there is of them: [(file of a sound or of features, or
-    demo_voice's arguments; text, None if unknown)]}. Without "val", a part of "train" takes its place."""
-    if cfg.data == "demo":
-        return {"train": demo_set(1000, 0), "val": demo_set(50, 1), "test": demo_set(150, 2)}
+def find_utterances(cfg, folder, training, whole=False):
+    """{"train", "val", "test", "submission", or some of them: [(sound or features file, or demo_voice's
+    arguments; text, None if unknown)]}. If "val" is missing, the end of "train" takes its place. Without
+    `training` only what is tested is returned. With `whole` a single list is the test set."""
     if cfg.data == "librispeech":
         download(folder)
-    if (folder / "LibriSpeech").is_dir():
+    if cfg.data == "demo":
+        found = {"train": demo_set(1000, 0), "val": demo_set(50, 1), "test": demo_set(150, 2)}
+    elif (folder / "LibriSpeech").is_dir():
         found = {split: read_librispeech(folder / "LibriSpeech" / part) for split, part in PARTS.items()}
     elif (folder / PARTS["train"] / "mfcc").is_dir():
         found = {split: read_hw4p2(folder / PARTS[split]) for split in ("train", "val")}
         found["submission"] = [(p, None) for p in find_files(folder / PARTS["test"] / "mfcc", "*.npy")]
-    elif (folder / "metadata.csv").exists():
-        found = {"train": read_list(folder / "metadata.csv")}
-    elif folder.is_dir():
+    elif folder.is_dir() and not (folder / "metadata.csv").exists():
         lists = {"train": folder / "train.tsv", "val": folder / "dev.tsv", "test": folder / "test.tsv"}
         found = {split: read_list(path) for split, path in lists.items() if path.exists()}
     else:
-        found = {"train": read_list(folder)}
+        items = read_list(folder / "metadata.csv" if folder.is_dir() else folder)
+        found = {"test" if whole else "train": items}
     found = {split: items for split, items in found.items() if items}
     if "val" not in found and "train" in found:
         held = max(1, len(found["train"]) // 20)
@@ -456,14 +456,14 @@ def find_utterances(cfg, folder, training):
     for split in needed:
         if not found.get(split):
             raise UserError(f"{folder}: no utterances for {split}; data/README.md says what goes where")
-    return found
+    return {split: found[split] for split in found if training or split in (*needed, "submission")}
 
 
 def read_librispeech(folder):
     """[(FLAC file, text)] of a part such as dev-clean: SPEAKER/CHAPTER/*.trans.txt, lines of `ID TEXT`."""
-    lines = [(path.parent, line) for path in find_files(folder, "**/*.trans.txt")
-             for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [(parent / f"{line.split()[0]}.flac", line.partition(" ")[2]) for parent, line in lines]
+    return [(path.parent / f"{line.split()[0]}.flac", line.partition(" ")[2])
+            for path in find_files(folder, "**/*.trans.txt")
+            for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def read_hw4p2(folder):
@@ -487,7 +487,7 @@ def read_list(path):
         lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not a readable list ({e}); data/README.md says what goes where") from None
-    rows = [line.rstrip("\r").split("|" if lj else "\t") for line in lines]
+    rows = [[cell.strip(' "\r') for cell in line.split("|" if lj else "\t")] for line in lines]
     header = [name.lower() for name in rows[0]] if rows else []
     names = [name for name in ("sentence", "text", "transcript") if name in header]
     file, text = 0, -1 if lj else 1  # columns
@@ -504,7 +504,7 @@ def read_list(path):
 
 
 def download(folder):
-    """LibriSpeech, by torchaudio, which checks its digests; it gets its name when it is complete."""
+    """LibriSpeech, by torchaudio, which checks its digests; moved to its place when all parts are there."""
     from torchaudio.datasets import LIBRISPEECH
     target, partial = folder / "LibriSpeech", folder / "download"
     while RANK and not target.is_dir():  # the other processes wait for rank 0
@@ -555,7 +555,7 @@ def prepare(cfg, split, items, folder):
         return Utterances(*extract(items, split))
     inputs = [(str(path), path.exists() and path.stat().st_mtime_ns, text) for path, text in items]
     home = folder if folder.is_dir() else folder.parent
-    cached = home / "cache" / f"{split}-{seed_for('log-mel 5', inputs):x}.pt"  # 5: another for other features
+    cached = home / "cache" / f"{split}-{seed_for('log-mel 5', inputs):x}.pt"  # raise 5 when features change
     if RANK == 0 and not cached.exists():
         result, part = extract(items, f"{cfg.data}: {split}"), cached.with_suffix(f".{os.getpid()}.part")
         cached.parent.mkdir(exist_ok=True)
@@ -593,12 +593,11 @@ class Utterances:
         return x.to(device, non_blocking=True), lengths, targets.to(device, non_blocking=True)
 
 
-def load_data(cfg, n_features=0):
-    """{split: Utterances}; for a trained model, which takes n_features per frame, without "train"."""
-    folder, data = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data), {}
-    for split, items in find_utterances(cfg, folder, training=not n_features).items():
-        if split != "train" or not n_features:
-            data[split] = prepare(cfg, split, items, folder)
+def load_data(cfg, n_features=0, whole=False):
+    """{split: Utterances}; for a trained model, which takes n_features per frame, only what is tested."""
+    folder = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data)
+    found = find_utterances(cfg, folder, not n_features, whole)
+    data = {split: prepare(cfg, split, items, folder) for split, items in found.items()}
     widths = {x.shape[1] for part in data.values() for x in part.features} | {n_features} - {0}
     if len(widths) > 1:
         known = f"; {cfg.ckpt} takes {n_features}" if n_features else ""
@@ -609,11 +608,10 @@ def load_data(cfg, n_features=0):
 def spec_augment(x, strength):
     """SpecAugment: two stripes of features and two of frames of each sound become 0, the mean: (B, T, F)."""
     from torchaudio.functional import mask_along_axis_iid
-    y = x.mT[:, None]  # (B, 1, F, T)
     for _ in range(2):
-        y = mask_along_axis_iid(y, int(strength * 0.3 * x.shape[2]), 0.0, 2)
-        y = mask_along_axis_iid(y, int(strength * 40), 0.0, 3, p=0.2)
-    return y[:, 0].mT
+        x = mask_along_axis_iid(x, int(strength * 0.3 * x.shape[2]), 0.0, axis=2)
+        x = mask_along_axis_iid(x, int(strength * 40), 0.0, axis=1, p=0.2)
+    return x
 
 
 # METRICS ----------------------------------------------------------------------------------------------------
@@ -672,7 +670,7 @@ def score(model, cfg, data, folder, device):
     """The figures of the test set, or where there is none of the validation set; writes the transcripts."""
     split = "test" if "test" in data else "val"
     figures, texts = evaluate(model, cfg, data[split], device, cfg.beam_size)
-    files = {f"{split}.tsv": ["reference\thypothesis", *map("\t".join, zip(data[split].texts, texts))]}
+    files = {"transcripts.tsv": ["reference\thypothesis", *map("\t".join, zip(data[split].texts, texts))]}
     if "submission" in data:  # HW4P2's test set, without transcripts
         lines = enumerate(decode(model, cfg, data["submission"], device, cfg.beam_size))
         files["submission.csv"] = ["index,label", *(f"{i},{text}" for i, text in lines)]
@@ -724,8 +722,9 @@ def predict(mode, inputs, flags):
     model = build(cfg, n_features, device)
     model.load_state_dict(ckpt["model"])
     if mode == "eval":
-        figures = score(model, cfg, load_data(cfg, n_features), folder, device)
-        return say(f"{show(figures, digits=6)}\nwritten: {folder}/*.tsv")
+        data = load_data(cfg, n_features, whole=cfg.data != ckpt["config"]["data"])
+        figures = score(model, cfg, data, folder, device)
+        return say(f"{show(figures, digits=6)}\nwritten: {folder}/transcripts.tsv")
     bad = []
     for name in inputs:
         try:
@@ -1088,7 +1087,7 @@ def main(argv=None):
     if train.lengths.sum() * n_features < 4e9:  # 8 GB
         train.features = [x.to(device) for x in train.features]
     if dense := sum(len(text) > n // cfg.stack >> cfg.layers for n, text in zip(train.lengths, train.texts)):
-        say(f"note: {dense:,} texts have more characters than the listener makes frames; lower --layers")
+        say(f"note: {dense:,} texts have more characters than listener frames; lower --layers or --stack")
     schedule, count = len(cuts) * cfg.epochs, round(train.lengths.sum() / len(cuts))
     total = min(cfg.max_steps or schedule, schedule)
     counts = ", ".join(f"{len(part.texts):,} {split}" for split, part in data.items())
@@ -1135,14 +1134,13 @@ def main(argv=None):
             x = spec_augment(x, cfg.specaugment)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             logits, _, ctc_logits = model(x, lengths, targets, 1 - (1 - cfg.teacher) * step / schedule)
-        spelling = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=PAD,
-                                   reduction="sum", label_smoothing=0.1)
+        spelling = weight * F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=PAD,
+                                            reduction="sum", label_smoothing=0.1)
         log_p = ctc_logits.float().log_softmax(-1).transpose(0, 1)  # (T', B, V)
         if device.type == "mps":  # which has no CTC of its own
             log_p, targets = log_p.cpu(), targets.cpu()
-        ctc = F.ctc_loss(log_p, targets, lengths // cfg.stack >> cfg.layers, sizes, PAD, "sum",
-                         zero_infinity=True).to(device)  # a text longer than its sound has no path
-        spelling, ctc = spelling * weight, ctc * weight
+        frames = lengths // cfg.stack >> cfg.layers
+        ctc = weight * F.ctc_loss(log_p, targets, frames, sizes, PAD, "sum", zero_infinity=True).to(device)
         loss = (1 - cfg.ctc_weight) * spelling + cfg.ctc_weight * ctc
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1162,7 +1160,7 @@ def main(argv=None):
             run.write("val", figures)
             if run.best is None or figures["cer"] < run.best:
                 run.best = figures["cer"]
-                longest = int(train.lengths.max())  # utterance that it was trained on
+                longest = int(train.lengths.max())  # frames of the longest utterance that it was trained on
                 run.save("best.pt", model=raw.state_dict(), n_features=n_features, longest=longest)
         if save:
             run.save("last.pt", model=raw.state_dict(), optimizer=optimizer.state_dict())

@@ -199,7 +199,8 @@ def las(flags, rounds, steps):
     optimizers = torch.optim.AdamW(own, 1e-4, fused=True), torch.optim.Adam(far, 1e-4)
     if device.type == "cuda":
         ours.step = torch.compile(ours.step, dynamic=True)
-    on_device, cfg = lengths.to(device), module.Config(device=device.type)
+    cfg = module.Config(device=device.type, dtype="float32" if "float32" in flags else "auto")
+    on_device = lengths.to(device)
     module.pick_device(cfg)
     dtype = cfg.dtype
 

@@ -45,7 +45,7 @@ TABLE = {
         "tiny": "--hidden 8 --speller 8 --batch_size 20000",
         "noise_off": "--dropout 0 --specaugment 0 --teacher 1",
         "predict": "eval --save texts",
-        "predicted": "texts/test.tsv",
+        "predicted": "texts/transcripts.tsv",
         "shape_flag": "--hidden 9",
         "init_flag": "--hidden 9",
     },

@@ -79,6 +79,12 @@ def test_results_of_the_speed_page():
     assert re.findall(r"\b1\.\d\d\b", PAGES["speed"].split("## Memory")[1]) == [f"{r['ratio']:.2f}" for r in kept]
 
 
+def test_searches_of_the_speech_page():
+    for name, *cells in table(PAGES["las_asr"], "search"):
+        rows = [r for r in of("search", "las_asr") if r["search"] == name]
+        assert cells == [f"CER {r['cer']:.2f}, WER {r['wer']:.2f}" for r in rows] and len(rows) == 2
+
+
 def test_sizes_and_headings():
     assert len(README.splitlines()) <= 160
     for name in SCRIPTS:
