@@ -89,11 +89,10 @@ class Config:
 PRESETS = {
     "demo": {"epochs": 8, "hidden": 128, "speller": 128, "speed": 0.0, "dropout": 0.1, "batch_size": 4000,
              "warmup": 100, "lr": 3e-3, "eval_every": 100, "log_every": 20},
-    "speech": {"epochs": 12, "batch_size": 4000, "lr": 2e-3, "warmup": 200, "dropout": 0.1,
-               "specaugment": 0.5, "ctc_weight": 0.5, "eval_every": 1000},
+    "speech": {"dropout": 0.2, "ctc_weight": 0.5, "eval_every": 1000},  # 6 hours
     "librispeech": {"epochs": 60, "lr": 1e-3, "hidden": 512, "stack": 1, "layers": 2, "speller": 512,
                     "batch_size": 96000, "warmup": 2000},
-    "hw4p2": {"epochs": 72, "batch_size": 4000}}
+    "hw4p2": {"epochs": 72, "lr": 3e-3, "batch_size": 4000, "dropout": 0.4, "eval_every": 300}}
 MODES = {"train": ("", "train, then test (default)"),
          "eval": ("", "test a checkpoint; the transcripts are written as TSV"),
          "transcribe": ("FILE...", "print the text of each sound file"),
