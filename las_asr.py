@@ -9,11 +9,10 @@
     python las_asr.py eval                                   # test the newest out/las_asr-*/best.pt
     python las_asr.py transcribe a.wav b.flac c.mp3          # any length, sample rate and number of channels
 
-Measured on one thread of a CPU (AMD EPYC; the demo in bfloat16), other work beside it; one run each, seed 0:
+Measured on one thread of a CPU with bfloat16 (AMD EPYC), other work beside it; one run each, seed 0:
 
-    --data demo     0.68 % character errors (CER) in unseen sentences by unseen speakers; 1.8 minutes
-    --data hw4p2    CMU AN4, 50 minutes of training speech: 5.87 % CER, 10.32 % word errors; 62 minutes
-    --data speech   6 hours, natives and learners: 39.26 % CER, 71.72 % word errors; 142 minutes
+    --data demo     1.61 % character errors (CER) in unseen sentences by unseen speakers; 1.5 minutes
+    --data hw4p2    CMU AN4, 38 minutes of training speech: 4.50 % CER, 8.29 % word errors; 50 minutes
 
 The preset for LibriSpeech's 100 hours has not been run to its end.
 
@@ -99,7 +98,7 @@ MODES = {"train": ("", "train, then test (default)"),
          "bench": ("", "time the training step")}
 UNIT = "frames"  # what a batch is counted in
 SHAPE = {"hidden", "stack", "layers", "speller"}  # fields that a checkpoint fixes
-CPU_BF16 = True  # measured: 1.3 times as fast as float32 on a CPU that multiplies bfloat16
+CPU_BF16 = True  # measured: 1.4 times as fast as float32 on a CPU that multiplies bfloat16
 PAD, BOS, EOS = 0, 1, 2  # PAD is CTC's blank, too
 REACH = 16  # half the width of the location filter, in frames of the listener
 ALPHABET = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"
