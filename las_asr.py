@@ -192,7 +192,7 @@ class LAS(nn.Module):
     def start(self, memory):
         """The state before the first character, zeros: h1, c1, h2, c2, context (N, D), coverage (N, T')."""
         _, values, mask = memory
-        h1, c1, h2, c2, context = values.new_zeros(5, len(values), values.shape[2])
+        h1, c1, h2, c2, context = (values.new_zeros(len(values), values.shape[2]) for _ in range(5))
         return [h1, c1.float(), h2, c2.float(), context, torch.zeros_like(mask, dtype=torch.float32)]
 
     def step(self, tokens, state, memory):
@@ -218,7 +218,7 @@ class LAS(nn.Module):
         fed the true character before its own (teacher forcing) or, in training, with probability 1 - teacher
         the one that the model finds likeliest (scheduled sampling; the paper draws it, section 3.3)."""
         memory, ctc_logits = self.listen(features, lengths)
-        state, token, outputs = self.start(memory), torch.full_like(targets[:, 0], BOS), []
+        state, token, outputs = self.start(memory), targets.new_full((len(targets),), BOS), []
         for target in targets.unbind(1):
             logits, attention, state = self.step(token, state, memory)
             outputs.append((logits, attention))
@@ -288,9 +288,9 @@ def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
     memory, ctc_logits = model.listen(features, lengths)
     b, k, device, frames = len(features), beam_size, features.device, memory[2].sum(1)
     ctc = CTCPrefixes(ctc_logits, memory[2], k) if ctc_weight else None
-    memory = [part.repeat_interleave(k, 0) for part in memory]  # B K rows
-    state, ids = model.start(memory), torch.full((b * k, 1), BOS, device=device)
     row = torch.arange(b, device=device)[:, None]
+    memory = [part[row.repeat(1, k).flatten()] for part in memory]  # B K rows
+    state, ids = model.start(memory), torch.full((b * k, 1), BOS, device=device)
     spelled = torch.full((b, k), -math.inf, device=device)  # log p by the speller
     spelled[:, 0] = 0.0  # each sound begins with one hypothesis
     finished = [(-math.inf, [])] * b  # the best of each sound: (score, ids)
@@ -522,7 +522,7 @@ def download(folder):
 
 def extract(items, name):
     """(features, texts) of utterances: lists of (T, F) float16 and of strings, "" for an unknown text (None).
-    What cannot be used is skipped and counted by reason; UserError if that is more than 5 %."""
+    What cannot be used is skipped and counted by reason. UserError if that is more than 5 %."""
     features, texts, skipped = [], [], {}
     for number, (item, text) in enumerate(items, 1):
         try:
@@ -539,8 +539,9 @@ def extract(items, name):
     count = sum(map(len, skipped.values()))
     reasons = [f"{len(files)}: {reason} (first {files[0]})" for reason, files in skipped.items()]
     line = f"{name}: {count} of {len(items)} utterances are unusable, {', '.join(reasons[:5])}"
-    if len(items) < 20 * count or count and items[0][1] is None:
-        raise UserError(f"{line}; at most 5 % may be, and none of a submission")
+    limit = 0 if items[0][1] is None else 5  # percent; a submission has to be complete
+    if 100 * count > limit * len(items):
+        raise UserError(f"{line}; the limit is {limit} %")
     if count:
         say(f"note: {line}; skipped")
     return features, texts

@@ -260,7 +260,7 @@ def test_the_kaggle_layout(call, refuses, tmp_path):
     for i in range(25):
         np.save(tmp_path / "data" / "hw4p2" / "test-clean" / "mfcc" / f"v{i}.npy", np.random.rand(9 - 2 * (i == 3), 13))
     (tmp_path / "out" / "las_asr-hw4p2" / "submission.csv").unlink()
-    refuses("las_asr", "eval --data hw4p2 --device cpu", "1: fewer than 8 frames", "v3.npy", "submission")  # a row would be missing
+    refuses("las_asr", "eval --data hw4p2 --device cpu", "1: fewer than 8 frames", "v3.npy", "submission", "0 %")  # a row would be missing
     assert not (tmp_path / "out" / "las_asr-hw4p2" / "submission.csv").exists()
     (tmp_path / "data" / "hw4p2" / "test-clean" / "mfcc" / "v3.npy").unlink()
     status, out, _ = call("las_asr", f"eval --data {tmp_path}/data/hw4p2 --device cpu --save there")  # by its path
