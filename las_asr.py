@@ -27,6 +27,7 @@ perturbation: Ko et al., 2015. Data: Panayotov et al., "LibriSpeech", 2015 (CC B
 # ///
 import argparse
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -275,13 +276,13 @@ def recursion(log_p, added):
     return F.pad(product + torch.logcumsumexp(added[..., :-1] - product + log_p, -1), (1, 0), value=-1e5)
 
 
-def greedy_decode(model, features, lengths, ctc_weight=0.5):
+def greedy_decode(model, features, lengths, ctc_weight=CTC_IN_SEARCH):
     """The likeliest character each time: (B, T, F), (B,) -> B lists of ids without EOS."""
     return beam_search(model, features, lengths, 1, ctc_weight)
 
 
 @torch.no_grad()
-def beam_search(model, features, lengths, beam_size=4, ctc_weight=0.5):
+def beam_search(model, features, lengths, beam_size=4, ctc_weight=CTC_IN_SEARCH):
     """The best of beam_size hypotheses by ((1 - ctc_weight) log p + ctc_weight log p_CTC) / length:
     (B, T, F), (B,) -> B lists of ids without EOS, none longer than T'. A sound is done when its best finished
     hypothesis scores at least as well as its best unfinished one."""
@@ -555,14 +556,21 @@ def prepare(cfg, split, items, folder):
     inputs = [(str(path), path.exists() and path.stat().st_mtime_ns, text) for path, text in items]
     home = folder if folder.is_dir() else folder.parent
     cached = home / "cache" / f"{split}-{seed_for('log-mel 5', inputs):x}.pt"  # raise 5 when features change
-    if RANK == 0 and not cached.exists():
-        result, part = extract(items, f"{cfg.data}: {split}"), cached.with_suffix(f".{os.getpid()}.part")
+    while RANK or cached.exists():
+        with contextlib.suppress(Exception):  # not there yet; or damaged, then it is made again
+            return Utterances(*torch.load(cached, weights_only=True, mmap=True))
+        if RANK == 0:
+            break
+        time.sleep(1)
+    result, part = extract(items, f"{cfg.data}: {split}"), cached.with_suffix(f".{os.getpid()}.part")
+    try:
         cached.parent.mkdir(exist_ok=True)
         torch.save(result, part)
         os.replace(part, cached)
-    while not cached.exists():  # the other processes wait
-        time.sleep(1)
-    return Utterances(*torch.load(cached, weights_only=True, mmap=True))
+    except (OSError, RuntimeError) as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{cached}: cannot be written ({e}); make room, or copy the data elsewhere") from None
+    return Utterances(*result)
 
 
 class Utterances:
@@ -669,7 +677,7 @@ def score(model, cfg, data, folder, device):
     """The figures of the test set, or where there is none of the validation set; writes the transcripts."""
     split = "test" if "test" in data else "val"
     figures, texts = evaluate(model, cfg, data[split], device, cfg.beam_size)
-    files = {"transcripts.tsv": ["reference\thypothesis", *map("\t".join, zip(data[split].texts, texts))]}
+    files = {"hypotheses.tsv": ["reference\thypothesis", *map("\t".join, zip(data[split].texts, texts))]}
     if "submission" in data:  # HW4P2's test set, without transcripts
         lines = enumerate(decode(model, cfg, data["submission"], device, cfg.beam_size))
         files["submission.csv"] = ["index,label", *(f"{i},{text}" for i, text in lines)]
@@ -721,10 +729,11 @@ def predict(mode, inputs, flags):
     model = build(cfg, n_features, device)
     model.load_state_dict(ckpt["model"])
     if mode == "eval":
-        data = load_data(cfg, n_features, whole=cfg.data != ckpt["config"]["data"])
+        trained_on = Path(ckpt["config"]["data"]).resolve()
+        data = load_data(cfg, n_features, whole=Path(cfg.data).resolve() != trained_on)
         figures = score(model, cfg, data, folder, device)
-        return say(f"{show(figures, digits=6)}\nwritten: {folder}/transcripts.tsv")
-    bad = []
+        return say(f"{show(figures, digits=6)}\nwritten: {folder}/hypotheses.tsv")
+    bad, lines = [], []
     for name in inputs:
         try:
             x = read_features(Path(name))
@@ -737,6 +746,9 @@ def predict(mode, inputs, flags):
         data = Utterances(parts, [""] * len(parts))
         text = " ".join(filter(None, decode(model, cfg, data, device, cfg.beam_size)))
         say(f"{name}: {text}" if len(inputs) > 1 else text)
+        lines.append(f"{name}\t{text}\n")
+    if cfg.save and RANK == 0:
+        (folder / "transcripts.tsv").write_text("".join(lines), encoding="utf-8")
     if bad:
         raise UserError(f"{', '.join(bad[:5])}: cannot be heard; give sound files, or features as .npy")
 
@@ -1106,15 +1118,21 @@ def main(argv=None):
         raw.step = torch.compile(raw.step, dynamic=True)  # the loop over it has another length in each batch
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
 
+    @functools.lru_cache(1)
+    def arrange(epoch):
+        """(order of the utterances, order of the batches). Utterances are sorted by their lengths times some
+        noise, so that epochs differ; the first one goes from short to long, from which CTC learns sooner."""
+        rng = np.random.default_rng(seed_for(cfg.seed, epoch))
+        order = np.argsort(train.lengths * rng.uniform(1, 1.05, len(train.lengths)))
+        return order, rng.permutation(len(cuts)) if epoch else range(len(cuts))
+
     def fetch(step):
         """This rank's share of the batch of a step, which counts from 1: features (B, T, F), lengths (B,),
         targets (B, U), numbers of characters (B,), and the weight of their losses, whose mean over the ranks
-        (as DDP takes it) is the mean over all characters. Utterances are sorted by their lengths times some
-        noise, so that epochs differ; the first one goes from short to long, from which CTC learns sooner."""
+        (as DDP takes it) is the mean over all characters."""
         epoch, place = divmod(step - 1, len(cuts))
-        rng = np.random.default_rng(seed_for(cfg.seed, epoch))
-        order = np.argsort(train.lengths * rng.uniform(1, 1.05, len(train.lengths)))
-        a, b = cuts[rng.permutation(len(cuts))[place] if epoch else place]
+        order, batches = arrange(epoch)
+        a, b = cuts[batches[place]]
         chosen, weight = order[a:b][RANK::WORLD], WORLD / sum(len(train.texts[i]) + 1 for i in order[a:b])
         if not len(chosen):  # fewer utterances than processes: this one takes part with a weight of 0
             chosen, weight = order[a : a + 1], 0.0

@@ -97,7 +97,7 @@ def eight(tmp_path_factory):
 def test_eight_utterances_are_memorised(eight):
     records = [json.loads(line) for line in (eight / "run" / "log.jsonl").read_text().splitlines()]
     assert records[-1]["split"] == "test" and records[-1]["cer"] == records[-1]["wer"] == records[-1]["distance"] == 0
-    rows = (eight / "run" / "transcripts.tsv").read_text().splitlines()
+    rows = (eight / "run" / "hypotheses.tsv").read_text().splitlines()
     assert rows == ["reference\thypothesis", *(f"{t}\t{t}" for t in SENTENCES)]
     assert (eight / "run" / "attention.png").stat().st_size > 5000
 
@@ -194,10 +194,10 @@ def test_lists_with_a_header_are_read_by_its_names(call, refuses, tmp_path):
     assert found["test"][0] == (voice / "clips" / "27.wav", 'test," she said.')
     status, out, _ = call("las_asr", f"--data {voice} {SMALL} --out voice")
     assert status == 0 and "24 train, 3 val, 3 test" in out
-    assert (tmp_path / "voice" / "transcripts.tsv").read_text().splitlines()[1].startswith("TEST SHE SAID\t")
-    for data, count in ((tmp_path / "my.tsv", 30), (voice, 3)):  # another list is tested as a whole, of a folder its test set
+    assert (tmp_path / "voice" / "hypotheses.tsv").read_text().splitlines()[1].startswith("TEST SHE SAID\t")
+    for data, count in ((tmp_path / "my.tsv", 30), (voice, 3), (f"{tmp_path}/./cv", 3)):  # another list is tested as a whole, of a folder its test set
         status, out, _ = call("las_asr", f"eval --ckpt voice/best.pt --data {data} --device cpu --save there")
-        assert status == 0 and f"n {count}" in out and len((tmp_path / "there" / "transcripts.tsv").read_text().splitlines()) == count + 1
+        assert status == 0 and f"n {count}" in out and len((tmp_path / "there" / "hypotheses.tsv").read_text().splitlines()) == count + 1
 
     (tmp_path / "my.tsv").write_text("Text \tPath\r\n" + "".join(f"WORD {i}\t{name}\r\n" for i, name in enumerate(names)), newline="")
     assert las.read_list(tmp_path / "my.tsv")[3] == (tmp_path / "3.wav", "WORD 3")
@@ -234,6 +234,10 @@ def test_the_cache_is_used_and_never_stale(call, tmp_path, monkeypatch):
     assert call("las_asr", f"--data my.tsv {SMALL} --out b")[0] == 0 and not reads
     soundfile.write(tmp_path / "3.wav", np.ones(16000) * 0.1, 16000)
     assert call("las_asr", f"--data my.tsv {SMALL} --out c")[0] == 0 and len(reads) == 29
+    for path in (tmp_path / "cache").glob("*.pt"):
+        path.write_bytes(b"damaged")
+    reads.clear()
+    assert call("las_asr", f"--data my.tsv {SMALL} --out d")[0] == 0 and len(reads) == 30
 
 
 def kaggle(folder, dim=13):
@@ -255,7 +259,7 @@ def test_the_kaggle_layout(call, refuses, tmp_path):
     assert status == 0 and "6 train, 3 val, 4 submission; 13 features" in out
     rows = (tmp_path / "out" / "las_asr-hw4p2" / "submission.csv").read_text().splitlines()
     assert rows[0] == "index,label" and [row.split(",")[0] for row in rows[1:]] == ["0", "1", "2", "3"]
-    refs = [row.split("\t")[0] for row in (tmp_path / "out" / "las_asr-hw4p2" / "transcripts.tsv").read_text().splitlines()[1:]]
+    refs = [row.split("\t")[0] for row in (tmp_path / "out" / "las_asr-hw4p2" / "hypotheses.tsv").read_text().splitlines()[1:]]
     assert refs == ["IT'S A"] * 3
     for i in range(25):
         np.save(tmp_path / "data" / "hw4p2" / "test-clean" / "mfcc" / f"v{i}.npy", np.random.rand(9 - 2 * (i == 3), 13))
@@ -295,7 +299,7 @@ def test_the_librispeech_layout(call, refuses, tmp_path):
     libri(tmp_path, ("train-clean-100", "dev-clean"))
     status, out, _ = call("las_asr", f"--data . {SMALL} --out run")
     assert status == 0 and "3 train, 3 val; 80 features" in out
-    assert "ALL THE WORDS" in (tmp_path / "run" / "transcripts.tsv").read_text()
+    assert "ALL THE WORDS" in (tmp_path / "run" / "hypotheses.tsv").read_text()
     shutil.rmtree(tmp_path / "LibriSpeech" / "train-clean-100")
     refuses("las_asr", f"--data . {SMALL} --out new", "no utterances for train")
     assert call("las_asr", "eval --data . --device cpu --ckpt run/best.pt")[0] == 0
@@ -339,5 +343,5 @@ def test_two_processes_write_the_same_submission(tmp_path):
     small = f"--data hw4p2 {SMALL} --dtype float32 --max_steps 1"
     ranks = [fork("las_asr", f"{small} --out one", tmp_path), *fork_two("las_asr", f"{small} --out two", tmp_path)]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], "".join(rank.stderr for rank in ranks)
-    for file in ("submission.csv", "transcripts.tsv"):
+    for file in ("submission.csv", "hypotheses.tsv"):
         assert (tmp_path / "one" / file).read_text() == (tmp_path / "two" / file).read_text()

@@ -91,6 +91,7 @@ def test_a_copy_of_the_file_works_alone_and_without_posix(name, tmp_path):
     folder = tmp_path / "Ein schöner Ort"
     folder.mkdir()
     shutil.copy(ROOT / f"{name}.py", folder)
+    TABLE[name].get("input", lambda folder: None)(folder)
     small = " ".join(flags(name, "--eval_every 4 --log_every 2 --max_steps"))
     done = python("-X", "warn_default_encoding", "-W", f"error::EncodingWarning:{name}", "-c", ALONE % (POSIX_ONLY - {"posix"}, name, SMALL_DEMO[name]),
                   f"{small} 4", f"{small} 6 --resume", "eval", TABLE[name]["predict"], cwd=folder)
