@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, TABLE, each_script, flags, log_of, python, weights_of
@@ -242,43 +241,3 @@ def test_what_operating_systems_leave_behind_is_not_data(name, tmp_path):
     module = importlib.import_module(name)
     assert module.find_files(tmp_path, "**/*.*") == [tmp_path / "a.txt", tmp_path / "b" / "c.txt"]
     assert module.find_files(tmp_path, "*") == [tmp_path / "a.txt", tmp_path / "b"]
-
-
-@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
-def test_orthogonal_keeps_the_singular_vectors(shape):
-    """Against NumPy's decomposition: the same vectors, and singular values between 0.6 and 1.3."""
-    module = importlib.import_module("convnext_face")
-    x = np.random.default_rng(0).normal(size=(3, *shape))
-    out = module.orthogonal(torch.from_numpy(x)).numpy()
-    u, s, vt = np.linalg.svd(x, full_matrices=False)
-    inside = u.transpose(0, 2, 1) @ out @ vt.transpose(0, 2, 1)  # U^T out V, diagonal if the vectors are the same
-    diagonal = np.diagonal(inside, axis1=1, axis2=2)
-    off = inside - diagonal[:, :, None] * np.eye(diagonal.shape[1])
-    assert np.abs(off).max() < 1e-9
-    large = s > 0.05 * np.linalg.norm(x, axis=(1, 2))[:, None]  # the iteration needs more rounds for tiny ones
-    assert large.mean() > 0.8 and 0.6 < diagonal[large].min() and diagonal.max() < 1.3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_muon_equals_torchs_within_bfloat16s_rounding(dtype):
-    """Ten steps on matrices of three shapes; torch.optim.Muon multiplies in bfloat16 on every device."""
-    module = importlib.import_module("convnext_face")
-    torch.manual_seed(0)
-    start = [torch.randn(shape) for shape in ((64, 128), (128, 64), (96, 96), (96, 96))]
-    theirs, ours = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-    optimizers = [torch.optim.Muon(theirs, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-                  module.Muon(ours, 0.02, weight_decay=0.1, dtype=dtype)]
-    for _ in range(10):
-        for p, q in zip(theirs, ours):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    for p, q, first in zip(theirs, ours, start):
-        moved = (p - first).norm()
-        assert (p - q).norm() < 0.02 * moved and moved > 1
-    state = optimizers[1].state_dict()
-    again = module.Muon(ours, 0.5)
-    again.load_state_dict(state)
-    assert again.param_groups[0]["lr"] == 0.02
-    assert all(torch.equal(again.state[q]["momentum_buffer"], optimizers[1].state[q]["momentum_buffer"]) for q in ours)
