@@ -71,7 +71,7 @@ class Config:
     compile: str = "auto"  # auto|on|off: torch.compile; auto: on for CUDA under Linux
     seed: int = 0  # seed of the initial weights, the order of the data, and the noise
     batch_size: int = 32  # images per step, over all processes
-    lr: float = 3e-3  # peak learning rate
+    lr: float = 1e-3  # peak learning rate
     max_steps: int = 0  # end the training after this many steps; 0: after all epochs
     max_minutes: float = 0.0  # save and stop after this many minutes; 0: no limit
     eval_every: int = 1200  # steps between validations
@@ -94,7 +94,7 @@ class Config:
 
 PRESETS = {"demo": {"size": "mini", "image_size": 32, "lr": 4e-3, "epochs": 20, "ema": 0.99, "drop_path": 0.1,
                     "augment": 0.5},
-           "hw2p2-full": {"size": "tiny", "image_size": 224, "stem_stride": 4, "batch_size": 512, "lr": 1e-3,
+           "hw2p2-full": {"size": "tiny", "image_size": 224, "stem_stride": 4, "batch_size": 512,
                           "warmup": 2000, "ema": 0.9999, "augment": 0.6, "eval_every": 2000,
                           "save_every": 1000}}
 MODES = {"train": ("", "train, then test (default)"),
