@@ -22,8 +22,8 @@ The 7,000 people of HW2P2, and the recipe `hw2p2-full`, have not been measured.
 
 Papers: Liu et al., "A ConvNet for the 2020s", 2022, arXiv 2201.03545; Wen et al., "A Discriminative Feature
 Learning Approach for Deep Face Recognition" (center loss), 2016; Deng et al., "ArcFace", 2019, arXiv
-1801.07698; Huang et al., "Deep Networks with Stochastic Depth", 2016, arXiv 1603.09382. Data: CMU 11-785,
-fall 2022, HW2P2 (Kaggle); Huang et al., "Labeled Faces in the Wild", 2007.
+1801.07698; Huang et al., "Deep Networks with Stochastic Depth", 2016, arXiv 1603.09382. Muon: Jordan et
+al., 2024. Data: CMU 11-785, fall 2022, HW2P2 (Kaggle); Huang et al., "Labeled Faces in the Wild", 2007.
 """
 # /// script
 # requires-python = ">=3.10"

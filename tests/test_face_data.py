@@ -378,6 +378,20 @@ def test_centers_on_two_processes_equal_those_on_one(tmp_path):
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 
 
+def test_two_optimizers_resume_bitwise(call):
+    """Muon has the blocks' matrices of micro in bfloat16, AdamW the rest, and all of them without."""
+    how = f"--data demo {SMALL.replace('mini', 'micro').replace('--max_steps 2', '')} --dtype bfloat16 --max_steps"
+    assert call(NAME, f"{how} 4 --out whole")[0] == 0 and call(NAME, f"{how} 2 --out parts")[0] == 0
+    status, out, err = call(NAME, f"{how} 4 --out parts --resume")
+    assert status == 0 and "from step 2" in out, err
+    whole, parts = (torch.load(f"{out}/last.pt", weights_only=True) for out in ("whole", "parts"))
+    assert [len(state["state"]) for state in whole["optimizers"]] == [len(whole["model"]) - 16, 16]  # of 8 blocks
+    for one, two in zip(whole["model"].values(), parts["model"].values()):
+        assert torch.equal(one, two)
+    assert call(NAME, f"{how.replace('bfloat16', 'float32')} 2 --out plain")[0] == 0
+    assert len(torch.load("plain/last.pt", weights_only=True)["optimizers"]) == 1
+
+
 def test_bad_flags(refuses):
     refuses(NAME, "--size huge --data demo", "huge", "micro")
     refuses(NAME, "--stem_stride 3 --data demo", "3", "2 or 4")
