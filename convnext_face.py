@@ -330,10 +330,10 @@ def find_folder(folder, name):
 
 
 def find_people(folder):
-    """{image: person} of a folder with one sub-folder per person; the empty ones are named."""
+    """{image: person} of a folder with one sub-folder per person; those without images are named."""
     people = {p.name: find_images(p) for p in find_files(folder, "*") if p.is_dir()}
     if empty := [name for name, paths in people.items() if not paths]:
-        say(f"note: {len(empty)} sub-folders of {folder} are empty, skipped: {', '.join(empty[:5])}")
+        say(f"note: {len(empty)} sub-folders of {folder} hold no images, skipped: {', '.join(empty[:5])}")
     return {path: name for name, paths in people.items() for path in paths}
 
 
@@ -417,20 +417,25 @@ def given_splits(train):
     for split in ("val", "test"):
         different = sorted(set(splits["train"].values()) ^ set(splits[split].values()))
         if different and (splits[split] or split == "val"):
-            beside = val.name if split == "val" else split
+            beside = "dev or val" if split == "val" else split
             raise UserError(f"{train} and {beside} beside it must have the same people; {len(different)} are "
                             f"in one only: {', '.join(different[:5])}")
     return splits
 
 
+def number_of(file):
+    """The number in a name such as 000012.jpg as Kaggle's CSV files write it: "12"."""
+    return file.stem.lstrip("0") or "0"
+
+
 def read_identities(path, files):
-    """{image: person} of a CSV with the columns id and label. An id is a file's name, or place in `files`."""
-    ids = {str(i): file for i, file in enumerate(files)} | {file.name: file for file in files}
+    """{image: person} of a CSV with the columns id and label. An id is a file's name or number."""
+    ids = {key: file for file in files for key in (file.name, number_of(file))}
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
             people = {ids[row["id"]]: row["label"] for row in csv.DictReader(lines)}
-        if len(people) < len(files) or not all(people.values()):
-            raise ValueError(f"it names {len(people)} of {len(files)} images")
+        if (count := sum(map(bool, people.values()))) < len(files):
+            raise ValueError(f"it names {count} of {len(files)} images")
     except (KeyError, ValueError, csv.Error) as e:
         raise UserError(f"{path}: must have id,label for each image beside it ({e!r})") from None
     return people
@@ -452,6 +457,9 @@ def load_data(cfg):
     if len(classes) < 2 or not splits["val"]:
         raise UserError(f"{folder}: {len(classes)} people with images; it takes two sub-folders, one per "
                         "person, and three images of somebody")
+    if all(re.fullmatch("train(ing)?|val(id(ation)?)?|dev|test", name, re.I) for name in classes):
+        raise UserError(f"{folder}: {' and '.join(classes)} are no people; splits are called train, dev or "
+                        "val, and test, and have one sub-folder per person")
     submit = {}
     if given and not splits["test"]:
         submit["classification"] = find_images(train.with_name("test"))
@@ -461,9 +469,14 @@ def load_data(cfg):
         submit["verification"] = find_images(known.with_name("unknown_test"))
         if not gallery:
             raise UserError(f"{known}: no sub-folders with images; it takes one per person")
+        if strangers := set(probes.values()) - set(gallery.values()):
+            say(f"note: the faces of {len(strangers)} people who are not in {known} are left out")
+        probes = {path: name for path, name in probes.items() if name not in strangers}
     else:
         unseen = splits["unseen"] or splits["val"] | splits["test"]
-        probes = dict([*unseen.items()][:: len(unseen) // 2000 + 1])  # 2,000 faces are two million pairs
+        every = (len(unseen) - 1) // 2000 + 1  # person is taken: 2,000 faces are two million pairs
+        people = set(sorted(set(unseen.values()))[::every])
+        probes = {path: name for path, name in unseen.items() if name in people}
         first = {}  # image of each person
         for path, name in probes.items():
             first.setdefault(name, path)
@@ -643,7 +656,7 @@ def evaluate(model, data, split, device):
         more, threshold = verification(scores, same)
         figures |= more
     else:
-        say("warning: no two faces to verify are the same person's; the threshold of 0.5 is a guess")
+        say("warning: the faces to verify give no pairs of both kinds; the threshold of 0.5 is a guess")
     if 0 < known < len(z):  # the gallery comes first
         nearest = labels[:known][(z[known:] @ z[:known].T).argmax(1)]
         figures["ident"] = 100 * (nearest == labels[known:]).double().mean().item()
@@ -651,7 +664,7 @@ def evaluate(model, data, split, device):
 
 
 def score(model, cfg, data, folder, device):
-    """The figures of the test set. Writes the predictions, and Kaggle's submissions, as CSV; the pictures."""
+    """The figures of the test set. Writes predictions, pairs, Kaggle's submissions (CSV), and pictures."""
     figures, classes, z, threshold = evaluate(model, data, "test", device)
     (images, labels), names, people, known = data["unseen"], data["names"], data["classes"], data["known"]
     write_csv(folder / "classes.csv", "label,top1", (
@@ -662,10 +675,10 @@ def score(model, cfg, data, folder, device):
         if files:
             faces, paths = read_faces(files, cfg.image_size, cache=True)
             faces, classes = embed(model, faces, device)
-            if task == "verification":  # the files by their number, the people by name
+            if task == "verification":  # the file's number, and the person
                 nearest = (faces @ z[:known].T).argmax(1).tolist()
-                rows = [(files.index(path), names[k].split("/")[0]) for path, k in zip(paths, nearest)]
-            else:
+                rows = [(number_of(path), names[k].split("/")[0]) for path, k in zip(paths, nearest)]
+            else:  # the file's name, and the person's place among all, from 0
                 rows = [(path.name, k) for path, k in zip(paths, classes.tolist())]
             write_csv(folder / f"{task}_submission.csv", "id,label", rows)
     return figures | {"n": len(data["test"][1]), "pairs": len(scores)}
@@ -699,10 +712,9 @@ def write_pairs(folder, images, names, i, j, scores, same, threshold):
     figure.savefig(folder / "roc.png", dpi=90)
     figure = new_figure(13, 3.2)
     figure.suptitle("The pairs with the largest errors, and their cosines")
-    for axes, kind, sign in zip(figure.subplots(2, 8), (same, ~same), (1, -1)):
+    rows = figure.subplots(2, 8, subplot_kw={"xticks": [], "yticks": []})
+    for axes, kind, sign in zip(rows, (same, ~same), (1, -1)):
         axes[0].set_ylabel("same person" if sign == 1 else "different people")
-        for cell in axes:
-            cell.set(xticks=[], yticks=[])
         worst = np.flatnonzero(kind)[np.argsort(sign * scores[kind], kind="stable")]
         for cell, k in zip(axes, worst):
             cell.imshow(torch.cat([images[i[k]], images[j[k]]], 2).permute(1, 2, 0).numpy())
@@ -1148,7 +1160,7 @@ def main(argv=None):
     images, labels = data["train"]
     room = torch.cuda.mem_get_info()[0] / 3 if device.type == "cuda" else math.inf
     images = images.to(device) if images.nbytes < room else images  # else batches are copied
-    labels, size = labels.to(device), min(cfg.batch_size, len(labels))
+    labels, size = labels.to(images.device), min(cfg.batch_size, len(labels))
     if size < WORLD:
         raise UserError(f"--batch_size {size}: fewer images a step than the {WORLD} processes")
     if ckpt and ckpt["classes"] != data["classes"]:
@@ -1157,29 +1169,27 @@ def main(argv=None):
     schedule = per_epoch * cfg.epochs
     total = min(cfg.max_steps or schedule, schedule)
     say(f"images: {len(labels):,} train of {len(data['classes']):,} people, {len(data['val'][1]):,} val, "
-        f"{len(data['test'][1]):,} test, {len(data['unseen'][1]):,} unseen; steps: {total:,}")
+        f"{len(data['test'][1]):,} test, {len(data['unseen'][1]):,} to verify; steps: {total:,}")
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, data["classes"], device)
     centers = CenterLoss(len(data["classes"]), raw.norm.weight.numel()).to(device)
     average = copy.deepcopy(raw)  # moving average of the weights
     decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # a short schedule needs a shorter memory
-    matrices = []
-    if cfg.size == "micro" and cfg.dtype == "bfloat16":  # Muon learns faster, but multiplies in bfloat16
-        blocks = [part for part in raw.modules() if isinstance(part, Block)]
-        matrices = [weight for block in blocks for weight in (block.expand.weight, block.reduce.weight)]
-    rest = [p for p in raw.parameters() if all(p is not weight for weight in matrices)]
-    optimizers = [torch.optim.AdamW([{"params": [p for p in rest if p.dim() >= 2], "weight_decay": 0.05},
-                                     {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}],
-                                    cfg.lr, fused=True)]
-    if matrices:
+    muon = cfg.size == "micro" and cfg.dtype == "bfloat16"  # it learns faster, but multiplies in bfloat16
+    names = ("expand.weight", "reduce.weight") if muon else ()
+    matrices = [p for name, p in raw.named_parameters() if name.endswith(names)]
+    rest = [p for name, p in raw.named_parameters() if not name.endswith(names)]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": 0.05},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, cfg.lr, fused=True)]
+    if muon:
         optimizers.append(torch.optim.Muon(matrices, cfg.lr, 0.05, adjust_lr_fn="match_rms_adamw"))
+    state = {"model": raw, "average": average, "centers": centers}
+    state |= {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
     if ckpt:
-        raw.load_state_dict(ckpt["model"])
-        average.load_state_dict(ckpt["average"])
-        centers.load_state_dict(ckpt["centers"])
-        for optimizer, state in zip(optimizers, ckpt["optimizers"]):
-            optimizer.load_state_dict(state)
+        for name, part in state.items():
+            part.load_state_dict(ckpt[name])
     elif cfg.init:
         load_weights(raw, initial_weights(cfg.init), cfg.init)
     on_cuda = device.type == "cuda" and sys.platform == "linux"
@@ -1190,14 +1200,14 @@ def main(argv=None):
     @functools.lru_cache(1)
     def order(epoch):
         generator = torch.Generator().manual_seed(seed_for(cfg.seed, epoch))
-        return torch.randperm(len(labels), generator=generator).to(device)
+        return torch.randperm(len(labels), generator=generator).to(images.device)
 
     def fetch(step):
         """This rank's share of the batch of a step, which counts from 1: images (B, 3, S, S), labels (B,)."""
         epoch, place = divmod(step - 1, per_epoch)
         torch.manual_seed(seed_for(cfg.seed, step, RANK))
         chosen = order(epoch)[place * size : (place + 1) * size][RANK::WORLD]
-        return normalised(images[chosen.to(images.device)], device, cfg.augment), labels[chosen]
+        return normalised(images[chosen], device, cfg.augment), labels[chosen].to(device)
 
     def update(step, batch):
         """One optimizer step; -> the parts of the loss."""
@@ -1242,9 +1252,8 @@ def main(argv=None):
                 run.save("best.pt", model=average.state_dict(), classes=data["classes"],
                          threshold=threshold)
         if save:
-            run.save("last.pt", model=raw.state_dict(), average=average.state_dict(),
-                     centers=centers.state_dict(), classes=data["classes"],
-                     optimizers=[optimizer.state_dict() for optimizer in optimizers])
+            run.save("last.pt", classes=data["classes"],
+                     **{name: part.state_dict() for name, part in state.items()})
         if run.stop:
             return
 
