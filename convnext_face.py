@@ -122,10 +122,9 @@ class LayerNorm2d(nn.LayerNorm):
 class Block(nn.Module):
     """x + gamma * W2 gelu(W1 norm(depthwise 7x7 of x)): (B, C, H, W) -> the same (Liu et al., figure 4).
 
-    The 1x1 convolutions are linear layers over the last dimension, which is faster. gamma (LayerScale) is
-    multiplied into W2 and its bias: the same function, and one pass over the activations less. In training,
-    stochastic depth drops the branch of a sample with probability drop_path, and otherwise divides it by
-    1 - drop_path, which keeps the mean.
+    The 1x1 convolutions are linear layers over the last dimension, which is faster; gamma is LayerScale. In
+    training, stochastic depth drops the branch of a sample with probability drop_path, and otherwise divides
+    it by 1 - drop_path, which keeps the mean.
     """
 
     def __init__(self, dim, drop_path=0.0, layer_scale=1e-6):
@@ -139,9 +138,8 @@ class Block(nn.Module):
 
     def forward(self, x):
         h = self.norm(self.depthwise(x).permute(0, 2, 3, 1))  # (B, H, W, C)
-        h = F.gelu(self.expand(h))
-        h = F.linear(h, self.reduce.weight * self.gamma[:, None], self.reduce.bias * self.gamma)
-        h = h.permute(0, 3, 1, 2)
+        h = self.reduce(F.gelu(self.expand(h)))
+        h = (h * self.gamma.to(h.dtype)).permute(0, 3, 1, 2)  # in bfloat16 under autocast
         if not self.training or not self.drop_path:
             return x + h
         keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop_path
