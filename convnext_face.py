@@ -15,8 +15,8 @@
 Measured on one thread of a CPU with bfloat16 (AMD EPYC), other work beside it; one run each, seed 0:
 
     --data demo     99.8 % of 100 people right, EER 3.13 % on 40 unseen people; 1.4 minutes
-    --data hw2p2    152 people: 69.3 % right; 15 unseen people: 38.0 % identified, EER 29.6 %; 71 minutes
-                    that model on LFW View 1 (DevTest): accuracy 86.3 %, AUC 93.4 %, EER 13.8 %
+    --data hw2p2    152 people: 69.4 % right; 15 unseen people: 39.3 % identified, EER 24.2 %; 65 minutes
+                    that model on LFW View 1 (DevTest): accuracy 86.2 %, AUC 93.4 %, EER 14.2 %
 
 The 7,000 people of HW2P2, and the recipe `hw2p2-full`, have not been measured.
 
