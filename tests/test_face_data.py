@@ -257,7 +257,7 @@ def test_pairs(lfw, trained, call):
     assert (lfw / "csv/hardest.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("line", ["P_0\t1", "P_0\tone\t2", "P_0\t1\tP_1", "P_0\t1\tP_1\tx", "P_0 1 P_1 2 3", "a b c d e"])
+@pytest.mark.parametrize("line", ["P_0\t1", "P_0\tone\t2", "P_0\t1\tP_1", "P_0\t1\tP_1\tx", "../P_0\t1\t2", "P_0 1 P_1 2 3", "a b c d e"])
 def test_malformed_pairs(line, lfw, trained, refuses):
     lines = (lfw / "pairsDevTest.txt").read_text().splitlines()
     lines[4] = line
