@@ -2,18 +2,18 @@
 
     python fasterrcnn_mask.py --data demo                 # generated scenes: no download, no GPU
     python fasterrcnn_mask.py --data face-mask-detection  # fine-tune COCO weights (167 MB on first use)
-    python fasterrcnn_mask.py --data face-mask-detection --backbone mobilenet --weights none  # from scratch
+    python fasterrcnn_mask.py --data face-mask-detection --weights none    # train a ResNet-18 from scratch
     python fasterrcnn_mask.py --data path/to/voc          # your own: images and their VOC annotations
-    torchrun --nproc_per_node=8 fasterrcnn_mask.py --data face-mask-detection --batch_size 64 --lr 0.04
+    torchrun --nproc_per_node=8 fasterrcnn_mask.py --data face-mask-detection --batch_size 64 --lr 3e-4
     python fasterrcnn_mask.py --data face-mask-detection --resume    # continue a run that was stopped
 
     python fasterrcnn_mask.py eval                        # test the newest out/fasterrcnn_mask-*/best.pt
-    python fasterrcnn_mask.py detect photo.jpg folder --save found --json
+    python fasterrcnn_mask.py detect photo.jpg folder --save found
 
 Measured on one thread of a CPU (AMD EPYC), other work beside it, from scratch; one run each, seed 0:
 
-    --data demo                   0.966 mAP50, 0.802 mAP on unseen scenes; 4.0 minutes
-    --data face-mask-detection    0.395 mAP50, 0.219 mAP on 114 test images, 531 to train; 74 minutes
+    --data demo                                    TODO
+    --data face-mask-detection --weights none      TODO
 
 Fine-tuning from COCO weights has not been measured.
 
@@ -41,6 +41,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -49,12 +50,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
-from torchvision.models import detection, mobilenet_v3_large
+from torchvision.models import detection, mobilenet_v3_large, resnet18, resnet50
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign, box_convert, nms
+from torchvision.transforms import v2
+from torchvision.tv_tensors import BoundingBoxes
+from torchvision.utils import draw_bounding_boxes
 
 
 @dataclass
@@ -68,56 +71,53 @@ class Config:
     resume: bool = False  # continue the run in --out from its last.pt, if there is one
     device: str = "auto"  # auto|cpu|cuda|mps: where to run
     dtype: str = "auto"  # auto|float32|bfloat16: precision of training (autocast); metrics are always float32
-    compile: str = "auto"  # auto|on|off: torch.compile; auto: on for CUDA under Linux
+    compile: str = "off"  # auto|on|off: torch.compile; auto: on for CUDA under Linux
     seed: int = 0  # seed of the initial weights, the order of the data, and the noise
     batch_size: int = 8  # images per step, over all processes
-    lr: float = 5e-3  # peak learning rate
+    lr: float = 1e-4  # peak learning rate
     max_steps: int = 0  # end the training after this many steps; 0: after all epochs
     max_minutes: float = 0.0  # save and stop after this many minutes; 0: no limit
     eval_every: int = 200  # steps between validations
     save_every: int = 200  # steps between saves of last.pt; each validation saves it, too
     log_every: int = 20  # steps between log lines
     # the task
-    backbone: str = "resnet50_v2"  # mobilenet|resnet50|resnet50_v2: torchvision's detector of that name
-    weights: str = "coco"  # coco (downloaded by torchvision), none (from scratch), or a file of COCO weights
+    backbone: str = "resnet50_v2"  # mobilenet|resnet18|resnet50|resnet50_v2: those in PRETRAINED or BACKBONES
+    weights: str = "coco"  # coco|none: torchvision's COCO weights, downloaded, or training from scratch
     image_size: int = 800  # longer side in pixels to which images are resized
-    trainable_layers: int = 3  # 0 to 6, stages of a pretrained backbone to train, from the last on
     epochs: int = 20  # passes over the training set
     warmup: int = 200  # 0 to 1000000, steps in which the learning rate rises
-    weight_decay: float = 1e-4  # weight decay of matrices and kernels
     augment: float = 1.0  # strength of the augmentation (flip, scale, colour); 0: none
-    oversample: int = 2  # times that an image with the rarest class is seen in an epoch
-    classes: str = ""  # class names, comma-separated (default: those in the annotations)
     split: int = 0  # seed of the division into training, validation and test set
     threshold: float = 0.0  # score from which a box is drawn; 0: the best one on the validation set
-    json: bool = False  # detect: also write boxes.json, in pixels of each image
 
 
-PRESETS = {"demo": {"backbone": "mobilenet", "weights": "none", "image_size": 128, "batch_size": 4,
-                    "epochs": 7, "lr": 0.01, "warmup": 50, "augment": 0.3, "oversample": 1,
-                    "eval_every": 175}}
-SCRATCH = {"lr": 0.01, "image_size": 400, "epochs": 20, "batch_size": 4}  # with --weights none, unless typed
+PRESETS = {"demo": {"weights": "none", "image_size": 128, "batch_size": 4, "epochs": 3, "warmup": 50,
+                    "augment": 0.3, "eval_every": 210}}
+SCRATCH = {"backbone": "resnet18", "image_size": 400, "batch_size": 2, "lr": 4e-4, "epochs": 30,
+           "eval_every": 500}  # defaults with --weights none
 MODES = {"train": ("", "train, then test (default)"),
          "eval": ("", "test a checkpoint; the detections are written as COCO JSON"),
-         "detect": ("IMAGE_OR_FOLDER...", "find the faces in each image, and draw them"),
+         "detect": ("IMAGE_OR_FOLDER...", "find the faces in each image, draw them, write boxes.json"),
          "bench": ("", "time the training step")}
 UNIT = "images"  # what a batch is counted in
-SHAPE = {"backbone", "weights", "classes", "split"}  # what a checkpoint alone decides
-CPU_BF16 = False  # measured: no faster than float32
+SHAPE = {"backbone", "weights", "split"}  # what a checkpoint alone decides
+CPU_BF16 = True  # measured: 1.6 times as fast as float32 on a CPU that multiplies bfloat16
 
 
 # MODEL ------------------------------------------------------------------------------------------------------
-MODELS = {  # torchvision's builder, its COCO weights, and where the stages of the backbone begin
+PRETRAINED = {  # torchvision's detector, its COCO weights, and how many modules of its backbone stay frozen
     "mobilenet": (detection.fasterrcnn_mobilenet_v3_large_fpn,
-                  detection.FasterRCNN_MobileNet_V3_Large_FPN_Weights.DEFAULT, (0, 2, 4, 7, 13, 16)),
-    "resnet50": (detection.fasterrcnn_resnet50_fpn,
-                 detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT, (0, 4, 5, 6, 7)),
+                  detection.FasterRCNN_MobileNet_V3_Large_FPN_Weights.DEFAULT, 7),
     "resnet50_v2": (detection.fasterrcnn_resnet50_fpn_v2,
-                    detection.FasterRCNN_ResNet50_FPN_V2_Weights.DEFAULT, (0, 4, 5, 6, 7))}
+                    detection.FasterRCNN_ResNet50_FPN_V2_Weights.DEFAULT, 5)}
+BACKBONES = {  # to train from scratch: torchvision's network, and its layers of stride 8, 16 and 32: channels
+    "mobilenet": (lambda **norm: mobilenet_v3_large(**norm).features, {"6": 40, "12": 112, "16": 960}),
+    "resnet18": (resnet18, {"layer2": 128, "layer3": 256, "layer4": 512}),
+    "resnet50": (resnet50, {"layer2": 512, "layer3": 1024, "layer4": 2048})}
 
 
 class Backbone(BackboneWithFPN):
-    """torchvision's; it alone may train in bfloat16, in which anchors and boxes would move by pixels."""
+    """torchvision's feature pyramid. It alone trains in bfloat16, which would round boxes to some pixels."""
 
     bfloat16 = False
 
@@ -128,87 +128,67 @@ class Backbone(BackboneWithFPN):
         return {level: features.float() for level, features in maps.items()}
 
 
-def with_group_norm(module):
-    """Replaces every batch norm in place: from scratch a detector has too few images per step for it, and so
-    no image's statistics enter another's."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(math.gcd(32, child.num_features), child.num_features))
-        with_group_norm(child)
-    return module
+def group_norm(channels):
+    return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
-@torch.no_grad()
-def with_strides(model):
-    """Tells the RoI pooling the strides of its maps. torchvision takes them from the first image that the
-    model sees, for good, and wrongly from one that is flat and padded."""
-    maps = model.eval().backbone(torch.zeros(1, 3, 64, 64))
-    model.roi_heads.box_roi_pool(maps, [torch.zeros(1, 4)], [(64, 64)])
+def scratch_detector(num_classes, backbone, options):
+    """A detector for training from scratch: group norm, since a step has too few images for batch norm; small
+    anchors, for small faces; a smaller pyramid and head than torchvision's, and fewer boxes to learn from."""
+    network, channels = BACKBONES[backbone]
+    body = Backbone(network(norm_layer=group_norm), {name: str(i) for i, name in enumerate(channels)},
+                    list(channels.values()), out_channels=128, norm_layer=group_norm)
+    anchors = AnchorGenerator(((10, 16, 25), (40, 63, 100), (150, 185, 220), (270, 320, 380)), ((1.2,),) * 4)
+    return FasterRCNN(
+        body, rpn_anchor_generator=anchors, rpn_batch_size_per_image=64, rpn_pre_nms_top_n_train=500,
+        rpn_post_nms_top_n_train=250, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_test=300,
+        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 7, sampling_ratio=1), box_batch_size_per_image=64,
+        box_head=TwoMLPHead(128 * 7 * 7, 256), box_predictor=FastRCNNPredictor(256, num_classes), **options)
+
+
+def untrained(num_classes, backbone, weights, image_size):
+    """A detector with random weights, laid out for COCO weights or for training from scratch."""
+    known = BACKBONES if weights == "none" else PRETRAINED
+    if backbone not in known:
+        raise UserError(f"--backbone {backbone}: with --weights {weights} it must be {' or '.join(known)}")
+    options = {"min_size": image_size, "max_size": image_size, "_skip_resize": True, "box_score_thresh": 0.01,
+               "rpn_score_thresh": 0.0}  # mobilenet's own is 0.05, which may leave nothing to learn from
+    if weights == "none":
+        model = scratch_detector(num_classes, backbone, options)
+    else:
+        builder, _, fixed = PRETRAINED[backbone]
+        model = builder(weights=None, weights_backbone=None, num_classes=num_classes, **options)
+        model.backbone.__class__ = Backbone
+        for layer in list(model.backbone.body.children())[:fixed]:
+            layer.requires_grad_(False)
+    with torch.no_grad():  # RoIAlign infers the strides from its first image: wrong ones if that is flat
+        maps = model.eval().backbone(torch.zeros(1, 3, 64, 64))
+        model.roi_heads.box_roi_pool(maps, [torch.zeros(1, 4)], [(64, 64)])
     return model.train()
 
 
-def architecture(num_classes, backbone, scratch, image_size):
-    """A detector without trained weights: torchvision's own, but for `mobilenet` from scratch.
+def build_model(num_classes, backbone="resnet50_v2", weights="coco", image_size=800):
+    """A Faster R-CNN for `num_classes`, the background included. Called as torchvision's detectors are, with
+    a list of images (3, H, W) in [0, 1], whose longer side is `image_size`, and in training their targets.
 
-    There torchvision's two maps have a stride of 32, in which a small face is half a cell. Here they have
-    strides of 8 and 16, the pyramid 128 channels, the box head 256 units, and 64 boxes of an image are learnt
-    from. One sample per bin of the RoI's 7x7 grid takes a quarter of the time of four on a CPU.
+    weights: "none" (from scratch), or "coco": torchvision's, of which all but the box predictor is kept.
+    Raises UserError if they are neither cached nor can be downloaded, or for another backbone.
     """
-    how = {"min_size": image_size, "max_size": image_size, "_skip_resize": True, "box_score_thresh": 0.01,
-           "rpn_score_thresh": 0.0}  # torchvision's mobilenet has 0.05, which may leave nothing to learn from
-    if not scratch or backbone != "mobilenet":
-        model = MODELS[backbone][0](weights=None, weights_backbone=None, num_classes=num_classes, **how)
-        model.backbone.__class__ = Backbone
-        if scratch:  # half of the usual sizes, for small faces
-            sizes = tuple((size,) for size in (16, 32, 64, 128, 256))
-            model.rpn.anchor_generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        elif backbone == "resnet50":  # those weights were made without an epsilon
-            for norm in filter(lambda module: isinstance(module, nn.BatchNorm2d), model.modules()):
-                norm.eps = 1e-12
-        return with_strides(with_group_norm(model) if scratch else model)
-    body = Backbone(mobilenet_v3_large().features[:13], {"6": "0", "12": "1"}, [40, 112], 128)
-    return with_strides(with_group_norm(FasterRCNN(
-        body, box_roi_pool=MultiScaleRoIAlign(["0", "1"], 7, 1), box_head=TwoMLPHead(128 * 7 * 7, 256),
-        box_predictor=FastRCNNPredictor(256, num_classes), box_batch_size_per_image=64,
-        rpn_anchor_generator=AnchorGenerator(((10, 16, 25), (40, 63, 100), (150, 220, 320)), ((1.2,),) * 3),
-        rpn_batch_size_per_image=64, rpn_pre_nms_top_n_train=500, rpn_post_nms_top_n_train=250,
-        rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_test=300, **how)))
-
-
-def build_model(num_classes, backbone="resnet50_v2", weights="coco", image_size=800, trainable_layers=3):
-    """A Faster R-CNN for `num_classes`, the background included, whose longer image side is `image_size`.
-
-    weights: "coco", "none" (from scratch), or a file of torchvision's weights with its 91 classes: all but
-    the box predictor is kept, and of the backbone only the last `trainable_layers` stages stay trainable.
-    Raises UserError if there are none. Called as torchvision's detectors are, with images in [0, 1].
-    """
+    model = untrained(num_classes if weights == "none" else 91, backbone, weights, image_size)
     if weights == "none":
-        return architecture(num_classes, backbone, True, image_size)
-    known, starts = MODELS[backbone][1:]
+        return model
+    known = PRETRAINED[backbone][1]
     try:
-        if weights == "coco":
-            state = known.get_state_dict(progress=RANK == 0, check_hash=True)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        model = architecture(91, backbone, False, image_size)
+        state = known.get_state_dict(progress=RANK == 0, check_hash=True)
         missing, unknown = model.load_state_dict(state, strict=False)
-        if unknown or any(not key.endswith("num_batches_tracked") for key in missing):
+        if unknown or not all(key.endswith("num_batches_tracked") for key in missing):
             raise ValueError(f"{len(missing)} weights are missing, {len(unknown)} unknown")
-    except Exception as e:  # no network, no such file, or one that holds anything else
+    except Exception as e:  # no network, or a file that holds anything else
         target = Path(torch.hub.get_dir(), "checkpoints", known.url.split("/")[-1])
-        raise UserError(f"--weights {weights}: no weights of {backbone} ({str(e)[:200]}); put {known.url} at "
+        raise UserError(f"--weights coco: no weights of {backbone} ({str(e)[:200]}); put {known.url} at "
                         f"{target}, or train from scratch with --weights none") from None
     width = model.roi_heads.box_predictor.cls_score.in_features
     model.roi_heads.box_predictor = FastRCNNPredictor(width, num_classes)
-    return freeze(model, starts, trainable_layers)
-
-
-def freeze(model, starts, trainable_layers):
-    """Leaves the last `trainable_layers` stages of the backbone trainable, pyramid and heads anyway."""
-    stages = list(model.backbone.body.children())
-    fixed = len(stages) if trainable_layers == 0 else starts[max(0, len(starts) - trainable_layers)]
-    for stage in stages[:fixed]:
-        stage.requires_grad_(False)
     return model
 
 
@@ -223,6 +203,50 @@ def training_mode(model):
 # DATA -------------------------------------------------------------------------------------------------------
 AUTO = {"face-mask-detection": "annotations"}  # what --data auto looks for in data/NAME
 REAL = "the real set is Kaggle's andrewmvd/face-mask-detection, unpacked into data/face-mask-detection"
+SPLITS = {"train": "train", "trainval": "train", "val": "val", "valid": "val", "validation": "val",
+          "test": "test"}  # {name of a folder or list: split}
+
+
+def demo_scenes(count, side=128):
+    """Generated scenes as (image, boxes, labels): faces of 14 to 52 pixels, among shapes that are none. A
+    mask that is worn badly leaves the nose free."""
+    from PIL import Image, ImageDraw
+    rng = np.random.default_rng(0)
+
+    def colour(low, high):
+        return tuple(rng.integers(low, high, 3).tolist())
+
+    def ellipse(box, left, top, right, bottom, fill):  # the edges are shares of the box
+        x, y, w, h = box[0], box[1], box[2] - box[0], box[3] - box[1]
+        pen.ellipse((x + left * w, y + top * h, x + right * w, y + bottom * h), fill)
+
+    for _ in range(count):
+        image = Image.new("RGB", (2 * side, 2 * side), colour(90, 200))  # drawn twice as large: smooth edges
+        pen, boxes, labels = ImageDraw.Draw(image), [], []
+        for _ in range(rng.integers(3, 9)):
+            x, y, w, h = *rng.uniform(0, 2 * side, 2), *rng.uniform(10, 90, 2)
+            shape = pen.rectangle if rng.random() < 0.6 else pen.ellipse
+            shape((x, y, x + w, y + h), fill=colour(20, 236))
+        for _ in range(rng.integers(1, 6)):
+            w = 28 * (52 / 14) ** rng.random()
+            h = w * rng.uniform(1.15, 1.35)
+            x, y = rng.uniform(0, 2 * side - w), rng.uniform(0, 2 * side - h)
+            if any(x < r and l < x + w and y < d and u < y + h for l, u, r, d in boxes):
+                continue  # faces don't overlap
+            box, skin = (x, y, x + w, y + h), sorted(colour(70, 236), reverse=True)
+            label = str(rng.choice(["with_mask", "without_mask", "mask_weared_incorrect"], p=[0.5, 0.3, 0.2]))
+            pen.ellipse(box, tuple(skin))
+            pen.chord(box, 200, 340, colour(0, 90))  # hair
+            ellipse(box, 0.24, 0.36, 0.38, 0.45, "black")
+            ellipse(box, 0.62, 0.36, 0.76, 0.45, "black")
+            ellipse(box, 0.43, 0.46, 0.57, 0.64, tuple(v // 2 for v in skin))  # nose
+            if label == "without_mask":
+                ellipse(box, 0.3, 0.72, 0.7, 0.82, "darkred")
+            else:
+                angle = -5 if label == "with_mask" else 24
+                pen.chord(box, angle, 180 - angle, colour(100, 250))
+            boxes, labels = [*boxes, box], [*labels, label]
+        yield image.resize((side, side), Image.Resampling.BOX), torch.tensor(boxes) / 2, labels
 
 
 def find_files(folder, pattern="**/*"):
@@ -231,55 +255,45 @@ def find_files(folder, pattern="**/*"):
     return [p for p in sorted(folder.glob(pattern)) if not any(map(junk.match, p.relative_to(folder).parts))]
 
 
-def demo_scenes(count, side=128):
-    """Generated scenes as (image, boxes, labels): faces of 14 to 52 pixels, among shapes that are none."""
-    from PIL import Image, ImageDraw
-    rng, names = np.random.default_rng(0), ["with_mask", "without_mask", "mask_weared_incorrect"]
-    for _ in range(count):
-        a, b = rng.uniform(30, 225, (2, 3))
-        ground = a + (b - a) * np.linspace(0, 1, side)[:, None, None] + rng.normal(0, 4, (side, side, 1))
-        image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
-        image = image.resize((2 * side, 2 * side), Image.Resampling.NEAREST)  # for smooth edges
-        pen, boxes, labels = ImageDraw.Draw(image), [], []
-        for _ in range(rng.integers(3, 9)):
-            x, y, w, h = *rng.uniform(0, 2 * side, 2), *rng.uniform(10, 90, 2)
-            shape = pen.rectangle if rng.random() < 0.6 else pen.ellipse
-            shape((x, y, x + w, y + h), fill=tuple(rng.integers(20, 236, 3).tolist()))
-        for _ in range(rng.integers(1, 6)):
-            w = math.exp(rng.uniform(math.log(14), math.log(52)))
-            h = w * rng.uniform(1.15, 1.35)
-            x, y = rng.uniform(0, side - w), rng.uniform(0, side - h)
-            if any(x < r and l < x + w and y < d and u < y + h for l, u, r, d in boxes):
-                continue  # faces don't overlap
-            draw_face(pen, rng, 2 * x, 2 * y, 2 * w, 2 * h, kind := int(rng.choice(3, p=[0.5, 0.3, 0.2])))
-            boxes, labels = [*boxes, (x, y, x + w, y + h)], [*labels, names[kind]]
-        yield image.resize((side, side), Image.Resampling.BOX), torch.tensor(boxes), labels
+def find_images(folder):
+    """Sorted paths of the images in a folder, in any of Pillow's formats."""
+    from PIL import Image
+    kinds = Image.registered_extensions()  # of some Pillow only writes
+    return [p for p in find_files(folder) if kinds.get(p.suffix.lower()) in Image.OPEN]
 
 
-def draw_face(pen, rng, x, y, w, h, kind):
-    """A face that fills its box; kind 0 wears a mask over the nose, 1 none, 2 one that leaves it free."""
-    def part(shape, left, top, right, bottom, fill):
-        shape((x + left * w, y + top * h, x + right * w, y + bottom * h), fill=fill)
-
-    def rgb(values):
-        return tuple(np.clip(values, 0, 255).astype(int).tolist())
-    skin = rng.uniform(0.35, 1) * np.array([240, 195, 160]) + rng.normal(0, 8, 3)
-    part(pen.ellipse, 0, 0, 1, 1, rgb(skin))
-    pen.chord((x, y, x + w, y + h), 200, 340, fill=rgb(rng.uniform(0, 1) * np.array([110, 80, 50])))
-    for left in (0.24, 0.62):
-        part(pen.ellipse, left, 0.36, left + 0.14, 0.45, (20, 20, 30))
-    part(pen.ellipse, 0.43, 0.46, 0.57, 0.64, rgb(0.55 * skin))  # the nose
-    if kind == 1:
-        return part(pen.ellipse, 0.3, 0.72, 0.7, 0.82, (170, 50, 60))
-    top, cloth = (0.48, 0.67)[kind == 2], [(235, 240, 245), (120, 180, 225), (40, 40, 45), (110, 190, 140)]
-    corners = [(0.06, top), (0.94, top), (0.86, 0.82), (0.62, 0.99), (0.38, 0.99), (0.14, 0.82)]
-    pen.polygon([(x + u * w, y + v * h) for u, v in corners], fill=cloth[rng.integers(4)])
+def find_scenes(folder):
+    """{(split, name): [annotation or None, image or None]} of a folder. A split is a sub-folder in SPLITS, or
+    one of VOC's lists ImageSets/Main/SPLIT.txt; it is "" for what belongs to none."""
+    listed = {}  # {name: split}
+    for path in find_files(folder, "**/ImageSets/Main/*.txt"):
+        if split := SPLITS.get(path.stem.lower()):
+            for line in path.read_text("utf-8").splitlines():  # a name, perhaps quoted, in a folder, before 1
+                listed[Path(re.sub(r"\s+-?[01]$", "", line).strip('" ')).name] = split
+    annotations, images = find_files(folder, "**/*.xml"), find_images(folder)
+    if not annotations:
+        stems = {path.stem for path in images}
+        other = [path for path in find_files(folder)
+                 if path.suffix == ".json" or path.suffix == ".txt" and path.stem in stems]
+        seen = f", but {other[0]}: export it as Pascal VOC, not as COCO or YOLO" if other else ""
+        raise UserError(f"{folder}: no annotations NAME.xml in it{seen}; data/README.md shows the layouts")
+    images = [p for p in images if "JPEGImages" in p.parts] or images  # not VOC's segmentations
+    scenes = {}
+    for place, paths in enumerate((annotations, images)):
+        for path in paths:
+            folders = [name.lower() for name in path.relative_to(folder).parts[:-1]]
+            inside = next((SPLITS[name] for name in folders if name in SPLITS), "")
+            scene = scenes.setdefault((listed.get(path.stem, inside), path.stem), [None, None])
+            if scene[place]:
+                raise UserError(f"{folder}: a name is there twice, {scene[place]} and {path}; rename one")
+            scene[place] = path
+    return scenes
 
 
 def read_voc(path):
-    """A VOC annotation: {"boxes": (N, 4) xyxy pixels, "labels": names, "size": (W, H) or None}. Boxes come as
-    they stand, counted from 0; an image without objects is one without faces. Raises UserError if it is no
-    such file."""
+    """A VOC annotation: {"boxes": (N, 4) xyxy pixels, "labels": names, "size": (W, H) or None}. Boxes are
+    taken as written, without subtracting VOC's 1, "difficult" ones too; an image without objects is one
+    without faces. Raises UserError if it is no such file."""
     try:
         text = Path(path).read_bytes()
         if re.search(rb"<!DOCTYPE|<!ENTITY|\0", text):  # an entity could expand to gigabytes
@@ -287,27 +301,26 @@ def read_voc(path):
         root = ElementTree.fromstring(text)
         if root.tag != "annotation":
             raise ValueError(f"its root is <{root.tag}>, not <annotation>")
-        found = [(thing.findtext("name").strip(), [float(thing.findtext(f"bndbox/{edge}"))
-                                                   for edge in ("xmin", "ymin", "xmax", "ymax")])
-                 for thing in root.iter("object")]
-        if not all(map(math.isfinite, sum((box for _, box in found), []))):
-            raise ValueError("a coordinate is not finite")
-        if not all(name for name, _ in found):
-            raise ValueError("an object has no name")
+        boxes, labels = [], []
+        for thing in root.iter("object"):
+            edges = [thing.findtext(f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")]
+            boxes.append([float(edge) for edge in edges])
+            labels.append(thing.findtext("name").strip())
+        if not np.isfinite(boxes).all() or not all(labels):
+            raise ValueError("a coordinate is not finite, or an object has no name")
         size = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
     except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError,
             ElementTree.ParseError) as e:
         raise UserError(f"{path}: not a VOC annotation ({e})") from None
-    boxes = torch.tensor([box for _, box in found]).reshape(-1, 4)
-    return {"boxes": boxes, "labels": [name for name, _ in found], "size": size if all(size) else None}
+    boxes = torch.tensor(boxes).reshape(-1, 4)
+    return {"boxes": boxes, "labels": labels, "size": size if all(size) else None}
 
 
 def read_image(path, size=None):
-    """An image file as RGB, turned upright as its EXIF data say, unless only as stored it has the `size` that
-    its boxes were drawn on."""
+    """An image file as RGB, turned upright by its EXIF tag, unless its `size` in the annotation fits only the
+    image as stored."""
     from PIL import Image, ImageOps
     with Image.open(path) as image:
-        image.load()
         upright = ImageOps.exif_transpose(image)
         if size and image.size == size != upright.size:
             upright = image
@@ -317,175 +330,131 @@ def read_image(path, size=None):
         return upright.convert("RGB")
 
 
-def prepare(image, side, name="", boxes=torch.zeros(0, 4), labels=()):
-    """What the model sees of an image, uint8 (3, h, w) whose longer side is `side`, and what is known of it:
-    boxes in the image's own pixels, and `scale` (4,) from those to the model's."""
+def prepare(image, side, boxes=torch.zeros(0, 4)):
+    """{"image": uint8 (3, h, w), resized so that its longer side is `side`, "boxes": (N, 4) xyxy in pixels of
+    the resized image, "scale": (4,) from pixels of the original to those, "size": the original's (W, H)}."""
     size = [max(1, round(v * side / max(image.size))) for v in image.size]
     pixels = np.array(image.resize(size) if tuple(size) != image.size else image)
     scale = torch.tensor([size[0] / image.width, size[1] / image.height]).repeat(2)
-    return {"image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), "boxes": boxes, "labels": labels,
-            "scale": scale, "size": image.size, "name": name}
+    return {"image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), "boxes": boxes * scale,
+            "scale": scale, "size": image.size}
 
 
 def voc_scenes(folder, side):
-    """Items of all annotated images under `folder`: annotations NAME.xml, images NAME.* of any format."""
-    from PIL import Image
-    kinds = Image.registered_extensions()
-    files = [p for p in find_files(folder) if p.suffix.lower() in kinds]
-    images, annotations = {p.stem: p for p in files}, find_files(folder, "**/*.xml")
-    if not annotations:
-        raise UserError(f"{folder}: no annotations NAME.xml in it; data/README.md shows the layout")
-    stems = {p.stem for p in annotations}
-    for paths in annotations, [p for p in files if p.stem in stems]:
-        if twice := [stem for stem, n in Counter(p.stem for p in paths).items() if n > 1]:
-            first = ", ".join(str(p) for p in paths if p.stem == twice[0])
-            raise UserError(f"{folder}: {len(twice)} names are there twice, as {first}; rename or move them")
-    items, bad, mended = [], [], []
-    for path in annotations:
-        stem = path.stem
+    """What `prepare` returns of each annotated image in a folder, with its labels, name and split."""
+    scenes = find_scenes(folder)
+    annotated = {key: paths for key, paths in scenes.items() if paths[0]}
+
+    def read(key):
+        annotation, path = annotated[key]
         try:
-            if stem not in images:
-                raise UserError(f"{path}: no image of that name")
-            truth = read_voc(path)
-            item = prepare(read_image(images[stem], truth["size"]), side, images[stem].name)
-            if truth["size"] not in (None, item["size"]):
-                raise UserError(f"{path}: made for {truth['size']} pixels, {images[stem]} has {item['size']}")
+            truth = read_voc(annotation)
+            if not path:
+                raise UserError(f"{annotation}: no image of that name beside it, or in its split")
+            image = read_image(path, truth["size"])
+            if truth["size"] not in (None, image.size):
+                raise UserError(f"{annotation}: made for {truth['size']} pixels, {path} has {image.size}")
         except Exception as e:  # a damaged image can raise nearly anything
-            bad.append(str(e) if isinstance(e, UserError) else f"{images[stem]}: {type(e).__name__}")
-            continue
-        boxes = truth["boxes"].clamp(min=0)
-        boxes = boxes.minimum(torch.tensor(item["size"]).repeat(2))
+            return str(e) if isinstance(e, UserError) else f"{path}: {type(e).__name__}"
+        boxes = truth["boxes"].clamp(min=0).minimum(torch.tensor(image.size).repeat(2))
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        if not torch.equal(boxes, truth["boxes"]) or not keep.all():
-            mended.append(f"{path.name} ({int((~keep).sum())} dropped)")
-        labels = [name for name, kept in zip(truth["labels"], keep) if kept]
-        items.append(item | {"boxes": boxes[keep], "labels": labels, "path": path})
-    for what, names in (("annotations or images are unreadable, skipped", bad), ("images have no annotation",
-                        sorted(images[s].name for s in set(images) - {p.stem for p in annotations})),
-                        ("annotations have boxes outside the image or empty, clipped or dropped", mended)):
-        if names:
-            say(f"note: {len(names)} {what}: {'; '.join(names[:5])}")
-    if len(items) < max(1, 19 * len(bad)):  # none, or more than 5 % of them bad
-        raise UserError(f"{folder}: {len(bad)} of {len(annotations)} annotations, or their images, are "
+        labels = [label for label, kept in zip(truth["labels"], keep) if kept]
+        return prepare(image, side, boxes[keep]) | {
+            "labels": labels, "name": path.name, "split": key[0], "path": annotation, "raw": truth["boxes"],
+            "clipped": not torch.equal(boxes[keep], truth["boxes"])}
+
+    with ThreadPoolExecutor() as pool:
+        items = list(pool.map(read, annotated))
+    bad = [item for item in items if isinstance(item, str)]
+    items = [item for item in items if not isinstance(item, str)]
+    if len(bad) > 0.05 * len(annotated):
+        raise UserError(f"{folder}: {len(bad)} of {len(annotated)} annotations, or their images, are "
                         f"unreadable (limit: 5 %): {'; '.join(bad[:2])}")
+    boxes = torch.cat([item["raw"] for item in items])
+    if ((boxes[:, 2:] - boxes[:, :2]).amin(1) < 2).float().mean() > 0.5:
+        kind = "relative (0 to 1)" if boxes.max() <= 1 else "smaller than 2 pixels"
+        raise UserError(f"{folder}: most boxes are {kind}, as in {items[0]['path']}; VOC counts pixels")
+    clipped = [item["path"].name for item in items if item["clipped"]]
+    alone = [str(image) for annotation, image in scenes.values() if not annotation]
+    for text, names in (("annotations or images are unreadable, skipped", bad),
+                        ("images have no annotation", alone),
+                        ("annotations have boxes outside the image or empty, clipped or dropped", clipped)):
+        if names:
+            say(f"note: {len(names)} {text}: {'; '.join(names[:5])}")
     return items
 
 
-def divide(kinds, seed):
-    """{"train", "val", "test": indices}: 70, 15 and 15 %, stratified by the rarest class of an image. `kinds`
-    is {name: labels}; a hash orders the names, so that files of the same names are divided the same on every
-    machine."""
-    counts, groups = Counter(label for labels in kinds.values() for label in set(labels)), defaultdict(list)
-    for place, (name, labels) in enumerate(kinds.items()):
-        rarest = min(labels, key=lambda label: (counts[label], label), default="")
-        groups[rarest].append((seed_for(seed, name), place))
+def divide(items, seed):
+    """{"train", "val", "test": items}: 70, 15 and 15 %, stratified by the rarest class of an image. They are
+    ordered by a hash of their names, so the division does not depend on the machine."""
+    counts, groups = Counter(label for item in items for label in set(item["labels"])), defaultdict(list)
+    for item in items:
+        rarest = min(item["labels"], key=lambda label: (counts[label], label), default="")
+        groups[rarest].append(item)
     parts = {"train": [], "val": [], "test": []}
     for group in groups.values():
-        for i, (_, place) in enumerate(sorted(group)):
+        for i, item in enumerate(sorted(group, key=lambda item: seed_for(seed, item["name"]))):
             share = (i + 0.5) / len(group)
-            parts["train" if share < 0.7 else "val" if share < 0.85 else "test"].append(place)
-    return {name: sorted(places) for name, places in parts.items()}
+            parts["train" if share < 0.7 else "val" if share < 0.85 else "test"].append(item)
+    return parts
+
+
+def split_up(items, seed):
+    """{"train", "val", "test": items}: the given splits. Without "train" all are divided; a missing "val" is
+    cut from "train", a missing "test" is "val"."""
+    parts = {split: [item for item in items if item["split"] == split] for split in ("train", "val", "test")}
+    if not parts["train"]:
+        return divide(items, seed)
+    given = [f"{len(part)} {split}" for split, part in parts.items() if part]
+    rest = [item for item in items if not item["split"]]
+    if not parts["val"]:
+        own = divide(parts["train"], seed)
+        parts |= {"train": own["train"] + own["test"], "val": own["val"]}
+    say(f"splits: given are {', '.join(given)}; {len(rest)} images are in none and not used")
+    return parts | {"test": parts["test"] or parts["val"]}
 
 
 def load_data(cfg, classes=None):
-    """{"train", "val", "test": lists of what `prepare` returns, "classes": names}; labels count from 1."""
+    """{"train", "val", "test": lists of what `voc_scenes` returns, "classes": names}; labels count from 1."""
     folder = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data)
     if cfg.data == "demo":
-        items = [prepare(image, cfg.image_size, f"scene{i:04}", boxes, labels)
+        items = [prepare(image, cfg.image_size, boxes) | {"labels": labels, "name": f"{i:03}", "split": ""}
                  for i, (image, boxes, labels) in enumerate(demo_scenes(800))]
     elif folder.is_dir():
         items = voc_scenes(folder, cfg.image_size)
     else:
         raise UserError(f"--data {cfg.data}: no such folder, and not demo; {REAL}")
-    found = sorted({label for item in items for label in item["labels"]})
-    classes = classes or [name.strip() for name in cfg.classes.split(",") if name.strip()] or found
-    for item in items:
-        for label in {*item["labels"]} - {*classes}:
-            raise UserError(f"{item.get('path', cfg.data)}: unknown class {label!r}; known are "
-                            f"{', '.join(classes)}, of the checkpoint or --classes")
-    parts = divide({item["name"]: item["labels"] for item in items}, cfg.split)
-    for item in items:
+    parts = split_up(items, cfg.split)
+    used = {id(item): item for part in parts.values() for item in part}.values()  # test may be val
+    classes = classes or sorted({label for item in used for label in item["labels"]})
+    if not classes or not all(parts.values()):
+        raise UserError(f"--data {cfg.data}: {len(items)} images of {len(classes)} classes are too few")
+    for item in used:
+        if unknown := set(item["labels"]) - set(classes):
+            raise UserError(f"{item.get('path', cfg.data)}: unknown class {min(unknown)!r}; the checkpoint "
+                            f"knows {', '.join(classes)}")
         labels = [1 + classes.index(label) for label in item["labels"]]
         item["labels"] = torch.tensor(labels, dtype=torch.long)
-    if not classes or not all(parts.values()):
-        raise UserError(f"--data {cfg.data}: {len(items)} images, {len(found)} classes; it takes 10, and one")
-    return {**{name: [items[i] for i in places] for name, places in parts.items()}, "classes": classes}
+    return parts | {"classes": classes}
 
 
-class Batches:
-    """Training images in batches of about the same aspect ratio, in an order that changes with each epoch."""
-
-    def __init__(self, items, size, oversample, strength, device):
-        fits = sum(item["image"].nbytes for item in items) < 4e9
-        self.items = [item | {"image": item["image"].to(device if fits else "cpu")} for item in items]
-        labels = torch.cat([item["labels"] for item in items]).bincount()
-        rarest = min(((n, label) for label, n in enumerate(labels.tolist()) if n), default=(0, 0))[1]
-        alone = (labels > 0).sum() < 2  # a single class is not rare
-        rare = [i for i, item in enumerate(items) if not alone and (item["labels"] == rarest).any()]
-        self.places = np.array([*range(len(items)), *rare * max(0, oversample - 1)])
-        self.size, self.strength, self.device = min(size, len(self.places)), strength, device
-        self.per_epoch = len(self.places) // self.size
-
-    @functools.lru_cache(1)
-    def order(self, seed, epoch):
-        rng = np.random.default_rng(seed_for(seed, epoch))
-        chosen = rng.permutation(self.places)[: self.per_epoch * self.size]
-        ratios = np.array([self.items[i]["image"].shape[1] / self.items[i]["image"].shape[2] for i in chosen])
-        alike = chosen[np.argsort(ratios * rng.uniform(1, 1.1, len(chosen)), kind="stable")]
-        return rng.permutation(alike.reshape(self.per_epoch, self.size))
-
-    def get(self, seed, step):
-        """This rank's share of the batch of a step, which counts from 1: images, targets, and its weight."""
-        epoch, place = divmod(step - 1, self.per_epoch)
-        whole = self.order(seed, epoch)[place]
-        mine = whole[RANK::WORLD]
-        weight = len(mine) * WORLD / len(whole)  # 0 for a process without an image of its own
-        items = [self.items[i] for i in (mine if len(mine) else whole[:1])]
-        images, boxes, labels = augment([item["image"] for item in items],
-                                        [item["boxes"] * item["scale"] for item in items],
-                                        [item["labels"] for item in items], self.strength, self.device)
-        targets = [{"boxes": b.to(self.device), "labels": n.to(self.device)} for b, n in zip(boxes, labels)]
-        return list(images), targets, weight
+def augmentation(strength):
+    """Flips, scales (0.55 to 1.8 times), shifts and colours an image and its boxes; uint8 -> [0, 1]."""
+    shift, colour, grey = min(0.9, 0.25 * strength), min(0.9, 0.4 * strength), [124, 116, 104]
+    return v2.Compose([
+        v2.RandomHorizontalFlip(min(0.5, strength)), v2.ColorJitter(colour, colour, colour),
+        v2.RandomAffine(0, (shift, shift), (0.55 ** strength, 1.8 ** strength), fill=grey,
+                        interpolation=v2.InterpolationMode.BILINEAR),
+        v2.SanitizeBoundingBoxes(min_size=2), v2.ToDtype(torch.float32, scale=True)])
 
 
-def augment(images, boxes, labels, strength, device):
-    """Flips, scales, shifts and colours each image by itself: lists of uint8 (3, h, w), (N, 4), (N,) -> float
-    (B, 3, H, W) in [0, 1] on the device, boxes, labels. A box of which 60 % come to lie outside is dropped.
-
-    An image pixel x comes to s x' + t, x' being x or, flipped, w - x; the grid goes the other way.
-    """
-    n, (height, width) = len(images), np.max([image.shape[1:] for image in images], 0)
-    height, width = (math.ceil(v / 32) * 32 for v in (height, width))
-    sizes = torch.tensor([image.shape[:0:-1] for image in images], dtype=torch.float)  # (B, 2): w, h
-    canvas = torch.tensor([width, height], dtype=torch.float)
-    draws = torch.rand(n, 7)  # on the CPU, where the boxes are
-    scale = torch.exp(0.6 * strength * (2 * draws[:, :1] - 1))  # (B, 1): 0.55 to 1.8 at full strength
-    shift = draws[:, 1:3] * (canvas - scale * sizes) * min(1, strength)  # crops, or leaves a margin
-    flip = (draws[:, 3] < 0.5 * min(1, strength)).float()
-    sign = torch.stack([1 - 2 * flip, torch.ones(n)], 1)  # (B, 2)
-    start = torch.stack([flip * sizes[:, 0], torch.zeros(n)], 1)
-    offset = 2 * start / canvas - 1 + sign * (1 - 2 * shift / canvas) / scale
-    theta = torch.cat([torch.diag_embed(sign / scale), offset[:, :, None]], 2).to(device)  # (B, 2, 3)
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]  # what lies outside an image
-    x = torch.zeros(n, 3, height, width, device=device)
-    for row, image in zip(x, images):
-        row[:, : image.shape[1], : image.shape[2]] = image.to(device).float() / 255 - mean
-    if strength:
-        x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
-    x = x + mean
-    light, contrast, colour = (1 + 0.4 * strength * (2 * draws[:, 4:, None, None] - 1)).to(device).split(1, 1)
-    x = x * light
-    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast)
-    x = torch.lerp(x.mean(1, keepdim=True), x, colour).clamp(0, 1)
-    kept_boxes, kept_labels = [], []
-    for i, (old, label) in enumerate(zip(boxes, labels)):
-        corners = start[i] + sign[i] * old.reshape(-1, 2, 2)
-        new = scale[i] * corners.sort(1).values + shift[i]  # (N, 2, 2)
-        inside = new.clamp(min=0).minimum(canvas)
-        extent, seen = (new[:, 1] - new[:, 0]), (inside[:, 1] - inside[:, 0])
-        keep = (seen.prod(1) > 0.4 * extent.prod(1)) & (seen > 1).all(1)
-        kept_boxes, kept_labels = [*kept_boxes, inside[keep].flatten(1)], [*kept_labels, label[keep]]
-    return x, kept_boxes, kept_labels
+def arrange(ratios, size, seed):
+    """(N // size, size) numbers of N images in random order, those of about the same aspect ratio in one
+    batch, since torchvision pads the images of a batch to one shape."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(len(ratios))[: len(ratios) // size * size]
+    alike = chosen[np.argsort(np.array(ratios)[chosen] * rng.uniform(1, 1.1, len(chosen)))]
+    return rng.permutation(alike.reshape(-1, size))
 
 
 # METRICS ----------------------------------------------------------------------------------------------------
@@ -582,8 +551,9 @@ COLOURS = ["#d98200", "#00964a", "#e8272c", "#3f7cff", "#c04ce0", "#00b8c4", "#f
 
 @torch.no_grad()
 def detections(model, items, device):
-    """[{"boxes" (n, 4) in the image's own pixels, "scores" (n,), "labels" (n,)}] of each item, on the CPU;
-    each process does its share. Only images of equal shape share a batch: padding changes what is found."""
+    """[{"boxes" (n, 4) in pixels of the item's image, "scores" (n,), "labels" (n,)}] on the CPU; each process
+    runs its share of the batches, and gets all. Only images of equal shape share a batch: padding changes
+    what is found."""
     model.eval()
     shapes = defaultdict(list)
     for i, item in enumerate(items):
@@ -593,8 +563,8 @@ def detections(model, items, device):
     for batch in batches[RANK::WORLD]:
         found = model([items[i]["image"].to(device).float() / 255 for i in batch])
         for i, f in zip(batch, found):
-            boxes = f["boxes"] / items[i]["scale"].to(device)
-            table[i, : len(boxes)] = torch.cat([boxes, f["scores"][:, None], f["labels"][:, None]], 1)
+            rows = torch.cat([f["boxes"], f["scores"][:, None], f["labels"][:, None]], 1)
+            table[i, : len(rows)] = rows
     rows = [row[row[:, 5] > 0] for row in all_sum(table).cpu()]  # no box has label 0
     return [{"boxes": row[:, :4], "scores": row[:, 4], "labels": row[:, 5].long()} for row in rows]
 
@@ -605,153 +575,144 @@ def evaluate(model, items, classes, device):
     figures = coco_map(found, items)
     for kind in ("map_per_class", "map50_per_class"):
         figures[kind] = {name: figures[kind].get(i, -1.0) for i, name in enumerate(classes, 1)}
-    return {"map50": figures["map50"], **figures}, found
+    return {"map50": figures["map50"], **figures}, found  # map50 comes first in the log
 
 
 def write_coco(folder, items, found, classes):
-    """detections.json and truth.json, which pycocotools reads: COCO(truth).loadRes(detections), if any."""
-    def rows(number, part):
-        boxes = box_convert(part["boxes"].double(), "xyxy", "xywh").tolist()
-        for box, label in zip(boxes, part["labels"].tolist()):
-            area = box[2] * box[3]
-            yield {"image_id": number, "category_id": label, "bbox": box, "area": area, "iscrowd": 0}
+    """detections.json and truth.json, which pycocotools reads: COCO(truth).loadRes(detections), if any. Boxes
+    are in pixels of the original images."""
     truth, results = [], []
     for number, (item, f) in enumerate(zip(items, found), 1):
-        truth += [row | {"id": len(truth) + i} for i, row in enumerate(rows(number, item), 1)]
-        results += [row | {"score": value} for row, value in zip(rows(number, f), f["scores"].tolist())]
+        for part, rows in ((item, truth), (f, results)):
+            boxes = box_convert((part["boxes"] / item["scale"]).double(), "xyxy", "xywh").tolist()
+            for i, (box, label) in enumerate(zip(boxes, part["labels"].tolist())):
+                rows.append({"id": len(rows) + 1, "image_id": number, "category_id": label, "bbox": box,
+                             "area": box[2] * box[3], "iscrowd": 0})
+                if part is f:
+                    rows[-1]["score"] = float(f["scores"][i])
     images = [{"id": number, "file_name": item["name"], "width": item["size"][0], "height": item["size"][1]}
               for number, item in enumerate(items, 1)]
-    names = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
-    whole = {"images": images, "annotations": truth, "categories": names}
-    (folder / "truth.json").write_text(json.dumps(whole), encoding="utf-8")
+    categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
+    truth = {"info": {}, "images": images, "annotations": truth, "categories": categories}
+    (folder / "truth.json").write_text(json.dumps(truth), encoding="utf-8")
     (folder / "detections.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 def score(model, data, threshold, folder, device):
     """The figures of the test images; writes what is found as COCO JSON, and draws it."""
-    figures, found = evaluate(model, data["test"], data["classes"], device)
+    items, classes = data["test"], data["classes"]
+    figures, found = evaluate(model, items, classes, device)
     if RANK == 0:
-        write_coco(folder, data["test"], found, data["classes"])
-        draw(data["test"], found, data["classes"], threshold, folder)
+        write_coco(folder, items, found, classes)
+        draw_examples(items, found, classes, threshold, folder)
+        draw_curves(items, found, classes, threshold, folder)
     for kind in ("map", "map50"):
         figures |= {f"{kind}_{name}": value for name, value in figures.pop(f"{kind}_per_class").items()}
-    return figures | {"n": len(data["test"])}
+    return figures | {"n": len(items)}
 
 
-def drawn(image, boxes, labels, classes, scores=None):
-    """A copy of a PIL image with named boxes in the colour of their class; a small image is enlarged."""
-    from PIL import ImageDraw, ImageFont
-    times = max(1, round(800 / max(image.size)))
-    image = image.resize([times * v for v in image.size])
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(max(12, max(image.size) // 36))
-    for i, (box, label) in enumerate(zip((times * boxes).tolist(), labels.tolist())):
-        colour, words = COLOURS[(label - 1) % 8], classes[label - 1].replace("_", " ")
-        words += "" if scores is None else f" {scores[i]:.2f}"
-        pen.rectangle(box, outline=colour, width=max(2, max(image.size) // 250))
-        left = max(0, min(box[0], image.width - font.getlength(words)))  # the words stay inside
-        place = left, max(0, box[1] - 1.2 * font.size)
-        pen.rectangle(pen.textbbox(place, words, font), fill=colour)
-        pen.text(place, words, "white", font)
-    return image
-
-
-def sure(found, threshold):
-    """The boxes from a score on; of some over each other only the best, since a face is of one class."""
+def confident(found, threshold):
+    """The boxes with at least this score; of overlapping ones only the best, whatever its class."""
     found = {key: value[found["scores"] >= threshold] for key, value in found.items()}
     keep = nms(found["boxes"], found["scores"], 0.5)
     return {key: value[keep] for key, value in found.items()}
 
 
-def draw(items, found, classes, threshold, folder):
-    """examples.png: truth beside detections for the best, the median and the worst test image; pr.png:
-    precision against recall of each class, with the point of the threshold."""
-    from PIL import Image
+def drawn(image, boxes, part, classes, side):
+    """A PIL image whose longer side becomes `side`, with boxes (N, 4) in its pixels, in the colours of their
+    classes, and the names and perhaps scores in `part`."""
+    try:
+        from matplotlib import get_data_path
+        font, font_size = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", side // 45
+    except ImportError:
+        font, font_size = None, None  # a smaller one of Pillow's
+    scale = side / max(image.size)
+    image = image.resize([max(1, round(v * scale)) for v in image.size])
+    words = [classes[label - 1].replace("_", " ") for label in part["labels"]]
+    if "scores" in part:
+        words = [f"{word} {value:.2f}" for word, value in zip(words, part["scores"])]
+    if words:
+        colours = [COLOURS[(label - 1) % 8] for label in part["labels"]]
+        pixels = v2.functional.pil_to_tensor(image)
+        pixels = draw_bounding_boxes(pixels, boxes * scale, words, colours, width=2, font=font,
+                                     font_size=font_size, label_colors="white", fill_labels=True)
+        image = v2.functional.to_pil_image(pixels)
+    return image
+
+
+def draw_examples(items, found, classes, threshold, folder):
+    """examples.png: truth beside detections for the best, the median and the worst test image."""
     worth = [coco_map([f], [item])["map"] for f, item in zip(found, items)]
     order = [i for i in np.argsort(worth).tolist() if worth[i] >= 0]  # without those that have no face
     if order and (figure := new_figure(11, 13)):
-        for row, (word, at) in enumerate((("best", -1), ("median", len(order) // 2), ("worst", 0))):
-            item, f = items[order[at]], sure(found[order[at]], threshold)
-            image = Image.fromarray(item["image"].permute(1, 2, 0).cpu().numpy())
-            titles = f"{word} ({item['name']}): truth", f"found, mAP {worth[order[at]]:.2f}"
+        for row, (word, place) in enumerate((("best", -1), ("median", len(order) // 2), ("worst", 0))):
+            item, f = items[order[place]], confident(found[order[place]], threshold)
+            image = v2.functional.to_pil_image(item["image"])
+            titles = f"{word} ({item['name']}): truth", f"found, mAP {worth[order[place]]:.2f}"
             for column, (title, part) in enumerate(zip(titles, (item, f)), 1):
                 axes = figure.add_subplot(3, 2, 2 * row + column)
                 axes.set_title(title, parse_math=False)
-                boxes = part["boxes"] * item["scale"]
-                picture = drawn(image, boxes, part["labels"], classes, part.get("scores"))
-                axes.imshow(np.asarray(picture))
+                axes.imshow(drawn(image, part["boxes"], part, classes, 800))
                 axes.axis("off")
         figure.savefig(folder / "examples.png", dpi=130)
+
+
+def draw_curves(items, found, classes, threshold, folder):
+    """pr.png: precision against recall of each class, with the point of the threshold."""
     if figure := new_figure(7, 6):
         axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02),
                                   title=f"{len(items)} test images, IoU 0.5; dots: score {threshold:.2f}")
         for label, name in enumerate(classes, 1):
             scores, right, void, count = match(found, items, label)
             precision, recall = (part[0] for part in precision_recall(right, void, count))
-            text = f"{name} ({count} faces)".replace("$", r"\$")
-            axes.plot(recall, precision, color=COLOURS[(label - 1) % 8], label=text)
-            if at := int((scores >= threshold).sum()):
-                axes.plot(recall[at - 1], precision[at - 1], "o", color=COLOURS[(label - 1) % 8])
+            text, colour = f"{name} ({count} faces)".replace("$", r"\$"), COLOURS[(label - 1) % 8]
+            axes.plot(recall, precision, color=colour, label=text)
+            if shown := int((scores >= threshold).sum()):
+                axes.plot(recall[shown - 1], precision[shown - 1], "o", color=colour)
         figure.legend(loc="outside lower center", ncols=2)
         figure.savefig(folder / "pr.png", dpi=100)
 
 
 def build(cfg, classes, device, trained=False):
     """The model of a Config; `trained` if its weights come from a checkpoint."""
-    count = 1 + len(classes)
-    if trained:
-        model = architecture(count, cfg.backbone, cfg.weights == "none", cfg.image_size)
-        if cfg.weights != "none":
-            freeze(model, MODELS[cfg.backbone][2], cfg.trainable_layers)
-    else:
-        if cfg.weights != "none":
-            say(f"weights: {MODELS[cfg.backbone][1].url if cfg.weights == 'coco' else cfg.weights}")
-        model = build_model(count, cfg.backbone, cfg.weights, cfg.image_size, cfg.trainable_layers)
-    model.compile = model.backbone.compile  # the rest of a detector breaks the graph at every image
+    make = untrained if trained else build_model
+    model = make(1 + len(classes), cfg.backbone, cfg.weights, cfg.image_size)
     model.backbone.bfloat16 = cfg.dtype == "bfloat16"
-    return model.to(device)  # not channels-last: 1.6 times slower on a CPU
+    return model.to(device)
 
 
 def detect(model, cfg, ckpt, inputs, folder, device):
-    """Draws what is found in each image as a PNG in `folder`; 64 images are held at a time."""
-    from PIL import Image
-    kinds, paths = Image.registered_extensions(), []
-    for path in map(Path, inputs):
-        inside = [p for p in find_files(path) if p.suffix.lower() in kinds]
-        paths += inside if path.is_dir() else [path]
-    bad, rows, seconds, taken = [], [], 0.0, {path.resolve() for path in paths}
-    threshold = cfg.threshold or ckpt["threshold"]
-    for start in range(0, len(paths), 64):
-        items, images = [], []
-        for path in paths[start : start + 64]:
-            try:
-                image = read_image(path)
-                items, images = [*items, prepare(image, cfg.image_size, str(path))], [*images, image]
-            except Exception as e:  # a damaged image can raise nearly anything
-                bad.append(f"{path} ({type(e).__name__})")
-        began = time.perf_counter()
-        found = detections(model, items, device)
-        seconds += time.perf_counter() - began
-        for item, image, f in zip(items, images, found):
-            f, target, number = sure(f, threshold), folder / f"{Path(item['name']).stem}.png", 1
-            names = [ckpt["classes"][label - 1] for label in f["labels"].tolist()]
-            counts = ", ".join(f"{n} {name}" for name, n in Counter(names).items())
-            say(f"{item['name']}: {counts or 'nothing found'}")
-            for name, value, box in zip(names, f["scores"].tolist(), f["boxes"].tolist()):
-                rows.append({"file": item["name"], "class": name, "score": value, "box": box})
-            while target.resolve() in taken:  # never over an input, nor over another's picture
-                number += 1
-                target = folder / f"{Path(item['name']).stem}-{number}.png"
-            taken.add(target.resolve())
-            if RANK == 0:
-                drawn(image, f["boxes"], f["labels"], ckpt["classes"], f["scores"]).save(target)
+    """Draws each image with what is found in it as NAME-boxes.png, and writes boxes.json."""
+    paths = [p for path in map(Path, inputs) for p in (find_images(path) if path.is_dir() else [path])]
+    bad, rows, threshold = [], [], cfg.threshold or ckpt["threshold"]
+    for path in paths:
+        try:
+            image = read_image(path)
+        except Exception as e:  # a damaged image can raise nearly anything
+            bad.append(f"{path} ({type(e).__name__})")
+            continue
+        item = prepare(image, cfg.image_size)
+        found = confident(detections(model, [item], device)[0], threshold)
+        boxes = found["boxes"] / item["scale"]
+        names = [ckpt["classes"][label - 1] for label in found["labels"]]
+        counts = ", ".join(f"{n} {name}" for name, n in Counter(names).items())
+        say(f"{path}: {counts or 'nothing found'}")
+        picture, number = f"{path.stem}-boxes.png", 1
+        while picture in [row["picture"] for row in rows]:  # images of one name from several folders
+            number += 1
+            picture = f"{path.stem}-{number}-boxes.png"
+        rows.append({"file": str(path), "picture": picture, "boxes": [
+            {"class": name, "score": value, "box": box}
+            for name, value, box in zip(names, found["scores"].tolist(), boxes.tolist())]})
+        if RANK == 0:
+            drawn(image, boxes, found, ckpt["classes"], 1000).save(folder / picture)
     if bad:
         say(f"note: {len(bad)} of {len(paths)} images are unreadable, skipped: {', '.join(bad[:5])}")
     if len(bad) == len(paths):
         raise UserError(f"{' '.join(inputs)}: there is no readable image")
-    if cfg.json and RANK == 0:
+    if RANK == 0:
         (folder / "boxes.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    count = len(paths) - len(bad)
-    say(f"images: {count}, at {count / seconds:.1f}/s; boxes from score {threshold:.2f} on")
+    say(f"images: {len(paths) - len(bad)}; boxes from score {threshold:.2f} on")
 
 
 def predict(mode, inputs, flags):
@@ -764,7 +725,7 @@ def predict(mode, inputs, flags):
         say(show(score(model, data, cfg.threshold or ckpt["threshold"], folder, device), digits=6))
     else:
         detect(model, cfg, ckpt, inputs, folder, device)
-    say(f"written: {folder}/*.png{' and *.json' if mode == 'eval' or cfg.json else ''}")
+    say(f"written: {folder}/*.png, *.json")
 
 
 # ---- runtime: identical in all five scripts ----
@@ -1106,84 +1067,100 @@ def main(argv=None):
     run = Run(flags, training=mode == "train")
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
     old = ckpt or (load_checkpoint(cfg.init) if cfg.init else {})
-    if cfg.init:  # the layout goes with the weights
+    if cfg.init and not ckpt:  # the layout goes with the weights
         merge_config(old, flags, cfg.init, {"backbone", "weights"})
-        cfg.backbone, cfg.weights = (old["config"][name] for name in ("backbone", "weights"))
+        flags |= {name: old["config"][name] for name in ("backbone", "weights")}
+        cfg.backbone, cfg.weights = flags["backbone"], flags["weights"]
     if cfg.weights == "none" and not ckpt:
-        preset = {**SCRATCH, **PRESETS.get(cfg.data, {}), **flags}
-        vars(cfg).update({name: preset[name] for name in SCRATCH})
+        typed = PRESETS.get(cfg.data, {}) | flags
+        vars(cfg).update({name: value for name, value in SCRATCH.items() if name not in typed})
 
     data = load_data(cfg)
-    classes = data["classes"]
-    if ckpt and ckpt["classes"] != classes:
-        raise UserError(f"{run.folder}: its classes are {ckpt['classes']}, the data's {classes}; start anew")
-    batches = Batches(data["train"], cfg.batch_size, cfg.oversample, cfg.augment, device)
-    schedule = batches.per_epoch * cfg.epochs
+    items, classes = data["train"], data["classes"]
+    names = [item["name"] for split in ("train", "val", "test") for item in data[split]]
+    fingerprint = seed_for(names, len(items), classes)
+    if ckpt and ckpt["images"] != fingerprint:
+        raise UserError(f"--data {cfg.data}: other images or classes than {run.folder}/last.pt; start anew")
+    size = min(cfg.batch_size, len(items))
+    if size < WORLD:
+        raise UserError(f"--batch_size {size}: fewer images a step than the {WORLD} processes")
+    per_epoch = len(items) // size
+    schedule = per_epoch * cfg.epochs
     total = min(cfg.max_steps or schedule, schedule)
-    parts = {name: data[name] for name in ("train", "val", "test")}
-    counts = torch.cat([item["labels"] for part in parts.values() for item in part])
-    counts = counts.bincount(minlength=len(classes) + 1)
-    say(f"images: {', '.join(f'{len(part):,} {name}' for name, part in parts.items())}; boxes: "
-        f"{', '.join(f'{n:,} {name}' for n, name in zip(counts[1:].tolist(), classes))}; steps: {total:,}")
-    if mode == "train" and RANK == 0:
-        names = {name: [item["name"] for item in part] for name, part in parts.items()}
-        text, path = json.dumps(names, indent=1), run.folder / "split.json"
-        if ckpt and path.exists() and path.read_text(encoding="utf-8") != text:
-            raise UserError(f"{path}: the images of --data {cfg.data} are others now; start anew")
-        run.folder.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_text(text, encoding="utf-8")
-        os.replace(path.with_suffix(".part"), path)
+    room = torch.cuda.mem_get_info()[0] / 3 if device.type == "cuda" else math.inf
+    fits = sum(item["image"].nbytes for item in items) < room
+    images = [item["image"].to(device) if fits else item["image"] for item in items]
+    counts = torch.cat([item["labels"] for item in items]).bincount(minlength=len(classes) + 1)[1:].tolist()
+    say(f"images: {len(items):,} train, {len(data['val']):,} val, {len(data['test']):,} test; boxes to train "
+        f"on: {', '.join(f'{n:,} {name}' for n, name in zip(counts, classes))}; steps: {total:,}")
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, classes, device, trained=bool(old))
     if cfg.init and not ckpt:
         load_weights(raw, old["model"], cfg.init)
     learnt = [p for p in raw.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in learnt if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in learnt if p.dim() < 2]}]
-    optimizer = torch.optim.SGD(groups, cfg.lr, momentum=0.9, fused=True)
+    groups = [{"params": [p for p in learnt if p.dim() >= 2], "weight_decay": 0.05},
+              {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, cfg.lr, fused=True)
     if ckpt:
         raw.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
     on_cuda = device.type == "cuda" and sys.platform == "linux"
     if cfg.compile == "on" or (cfg.compile == "auto" and on_cuda):
-        raw.compile()  # in place, so that its weights keep their names
+        raw.backbone.compile()  # in place; the rest of a detector breaks the graph at every image
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
+    change = augmentation(cfg.augment)
+
+    @functools.lru_cache(1)
+    def order(epoch):
+        ratios = [item["size"][0] / item["size"][1] for item in items]
+        return arrange(ratios, size, seed_for(cfg.seed, epoch))
 
     def fetch(step):
-        torch.manual_seed(seed_for(cfg.seed, step, RANK))
-        return batches.get(cfg.seed, step)
+        """This rank's share of the batch of a step, which counts from 1: images and targets."""
+        epoch, place = divmod(step - 1, per_epoch)
+        torch.manual_seed(seed_for(cfg.seed, step, RANK))  # for torchvision's sampling of boxes, too
+        batch = []
+        for i in order(epoch)[place][RANK::WORLD]:
+            boxes = BoundingBoxes(items[i]["boxes"], format="XYXY", canvas_size=images[i].shape[1:])
+            x, target = change(images[i].to(device), {"boxes": boxes, "labels": items[i]["labels"]})
+            target["boxes"] = target["boxes"].as_subclass(torch.Tensor)
+            batch.append((x, {key: value.to(device) for key, value in target.items()}))
+        return zip(*batch)
 
     def update(step, batch):
         """One optimizer step; -> the parts of the loss."""
-        images, targets, weight = batch
+        x, targets = map(list, batch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step, schedule)
         training_mode(raw)
-        parts = {name.removeprefix("loss_"): value * weight for name, value in model(images, targets).items()}
-        loss = sum(parts.values())
+        share = len(x) * WORLD / size  # DDP averages over the processes
+        parts = {name.removeprefix("loss_"): value * share for name, value in model(x, targets).items()}
+        loss = sum(parts.values())  # equation 1, for the proposals and for the boxes of classes
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(learnt, 10)
+        nn.utils.clip_grad_norm_(learnt, 1.0)
         optimizer.step()
         return {"loss": loss, **parts}
 
     if mode == "bench":
-        return bench(run, fetch, update, batches.size)
+        return bench(run, fetch, update, size)
 
     run.start(total)
     for step in range(run.step + 1, total + 1):
         losses = update(step, fetch(step))
-        check, save = run.step_done(losses, batches.size, learning_rate(cfg, step, schedule))
+        check, save = run.step_done(losses, size, learning_rate(cfg, step, schedule))
         if check:
             figures, found = evaluate(raw, data["val"], classes, device)
             run.write("val", figures)
+            found = [confident(f, 0.0) for f in found]
             if run.best is None or figures["map"] > run.best:
                 run.best = figures["map"]
                 run.save("best.pt", model=raw.state_dict(), classes=classes,
                          threshold=best_threshold(found, data["val"], classes))
         if save:
-            run.save("last.pt", model=raw.state_dict(), optimizer=optimizer.state_dict(), classes=classes)
+            run.save("last.pt", model=raw.state_dict(), optimizer=optimizer.state_dict(), classes=classes,
+                     images=fingerprint)
         if run.stop:
             return
 

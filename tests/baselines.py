@@ -281,12 +281,17 @@ def face(flags, rounds, steps):
 
 
 def mask(flags, rounds, steps):
-    """(a) torchvision's reference loop: the same model, a DataLoader that decodes, flips and jitters image by image,
-    `.item()` of the loss at each step; (b) the notebook's: batches of 5, every tensor moved by itself, the cache emptied
-    at each step. Compared in images per second; the images of the data set as files, as both loops read them."""
+    """(a) torchvision's reference loop: the same model in float32, a DataLoader that decodes, flips and jitters image by
+    image, `.item()` of the loss at each step; (b) the notebook's: batches of 5, every tensor moved by itself, the cache
+    emptied at each step. Compared in images per second; the images of the data set as files, as both loops read them.
+    Then coco_map against pycocotools, on the same detections of the same test images, without reading files."""
+    import contextlib
     import copy
+    import io
     import tempfile
     from PIL import Image
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
     from torchvision.transforms import v2
     module, box = captured("fasterrcnn_mask", flags)
     cfg, device, folder = box["run"].cfg, box["run"].device, tempfile.TemporaryDirectory()
@@ -302,7 +307,7 @@ def mask(flags, rounds, steps):
         def __getitem__(self, i):
             with Image.open(f"{folder.name}/{i}.jpg") as image:
                 x = v2.functional.to_dtype(v2.functional.pil_to_tensor(change(image.convert("RGB"))), torch.float, True)
-            return x, {"boxes": items[i]["boxes"] * items[i]["scale"], "labels": items[i]["labels"]}
+            return x, {"boxes": items[i]["boxes"], "labels": items[i]["labels"]}
 
     def batches_of(size):
         return forever(torch.utils.data.DataLoader(Files(), size, shuffle=True, drop_last=True,
@@ -310,6 +315,8 @@ def mask(flags, rounds, steps):
     sides = {"ours": (lambda step: box["update"](step, box["fetch"](step)), box["count"])}
     for name, size in (("reference loop", box["count"]), ("notebook", 5)):
         model, batches = copy.deepcopy(box["raw"]), batches_of(size)
+        model.backbone.bfloat16 = False
+        model.backbone.bfloat16 = False
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3, momentum=0.9, weight_decay=1e-4)
 
         def plain(step, model=model, batches=batches, optimizer=optimizer, notebook=name == "notebook"):
@@ -327,6 +334,22 @@ def mask(flags, rounds, steps):
     seconds = alternate({name: step for name, (step, _) in sides.items()}, rounds, steps, device)
     rates = {name: sides[name][1] / value for name, value in seconds.items()}
     report_rates("fasterrcnn_mask", rates, "images/s", dtype=cfg.dtype, backbone=cfg.backbone)
+    found = []
+    for item in items:
+        rows = torch.arange(100) % max(1, len(item["labels"]))
+        found.append({"boxes": item["boxes"][rows] + torch.randn(100, 4), "labels": item["labels"][rows], "scores": torch.rand(100)}
+                     if len(item["labels"]) else {"boxes": torch.zeros(0, 4), "labels": rows[:0], "scores": rows[:0].float()})
+    module.write_coco(pathlib.Path(folder.name), items, found, module.load_data(cfg)["classes"])
+
+    def pycocotools(_):
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(f"{folder.name}/truth.json")
+            run = COCOeval(truth, truth.loadRes(f"{folder.name}/detections.json"), "bbox")
+            run.evaluate()
+            run.accumulate()
+            run.summarize()
+    seconds = alternate({"coco_map": lambda _: module.coco_map(found, items), "pycocotools": pycocotools}, 3, 1, device)
+    report("fasterrcnn_mask", seconds, "coco_map", images=len(items))
 
 
 if __name__ == "__main__":

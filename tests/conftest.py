@@ -39,7 +39,7 @@ TABLE = {
         "noise_off": "--augment 0",
         "ranks_equal_one": False,  # each process draws the anchors and boxes that it learns from
         "predict": "detect out/fasterrcnn_mask-demo/curves.png --save pictures",
-        "predicted": "pictures/curves.png",
+        "predicted": "pictures/curves-boxes.png",
         "shape_flag": "--backbone resnet50",
     },
     "transformer_mt": {

@@ -1,4 +1,4 @@
-"""fasterrcnn_mask.py's annotations, augmentation and modes: boxes against pixels, what is mended and what refused."""
+"""fasterrcnn_mask.py's annotations, layouts, augmentation and modes: boxes against pixels, what is mended, what refused."""
 import contextlib
 import io
 import json
@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, litter
 from PIL import Image
+from torchvision.tv_tensors import BoundingBoxes
 
 SMALL = "--device cpu --compile off --backbone mobilenet --weights none --image_size 64 --batch_size 2 --max_steps 1"
 
@@ -36,6 +37,11 @@ def folder(tmp_path):
     litter(tmp_path / "set", "00.png")
     litter(tmp_path / "set/annotations", "00.xml")
     return tmp_path / "set"
+
+
+def original(item):
+    """Its boxes in pixels of the original image."""
+    return (item["boxes"] / item["scale"]).round(decimals=3).tolist()
 
 
 def test_read_voc(tmp_path):
@@ -82,11 +88,11 @@ def test_odd_items_of_a_folder(folder, call, refuses):
     data = mask.load_data(mask.Config(data=str(folder), image_size=64))
     items = {item["name"]: item for part in ("train", "val", "test") for item in data[part]}
     assert len(items) == 24 and data["classes"] == ["mask", "none"]
-    assert items["00.png"]["boxes"].tolist() == [[0, 5, 60, 30]] and items["01.png"]["boxes"].shape == (0, 4)
+    assert original(items["00.png"]) == [[0, 5, 60, 30]] and items["01.png"]["boxes"].shape == (0, 4)
     assert all(item["image"].dtype == torch.uint8 and len(item["image"]) == 3 for item in items.values())
     status, out, err = call("fasterrcnn_mask", f"--data {folder} {SMALL}")
     assert status == 0, err
-    for words in ("1 annotations or images are unreadable", "lost.xml", "extra.png", "00.xml (2 dropped)"):
+    for words in ("1 annotations or images are unreadable", "lost.xml", "extra.png", "1 annotations have boxes outside", "00.xml"):
         assert words in out
     for i in (10, 11):
         path = folder / f"images/{i}.png"
@@ -105,95 +111,96 @@ def test_boxes_follow_the_frame_of_the_annotation(folder):
     voc(folder / "annotations/01.xml", [("mask", 5, 5, 55, 35)], (60, 40))
     data = mask.load_data(mask.Config(data=str(folder), image_size=60))
     items = {item["name"]: item for part in ("train", "val", "test") for item in data[part]}
-    assert items["00.jpg"]["size"] == (40, 60) and items["00.jpg"]["boxes"].tolist() == [[5, 5, 35, 55]]
-    assert items["01.jpg"]["size"] == (60, 40) and items["01.jpg"]["boxes"].tolist() == [[5, 5, 55, 35]]
+    assert items["00.jpg"]["size"] == (40, 60) and original(items["00.jpg"]) == [[5, 5, 35, 55]]
+    assert items["01.jpg"]["size"] == (60, 40) and original(items["01.jpg"]) == [[5, 5, 55, 35]]
 
 
 def test_split_is_stratified_and_stable():
-    kinds = {f"image{i}": ["common"] + ["rare"] * (i % 10 == 0) for i in range(200)}
-    parts = mask.divide(kinds, 0)
+    items = [{"name": f"image{i}", "labels": ["common"] + ["rare"] * (i % 10 == 0)} for i in range(200)]
+
+    def numbers(items, seed):
+        return {split: sorted(int(item["name"][5:]) for item in part) for split, part in mask.divide(items, seed).items()}
+    parts = numbers(items, 0)
     assert [len(parts[name]) for name in ("train", "val", "test")] == [140, 30, 30]
     assert [sum(i % 10 == 0 for i in parts[name]) for name in ("train", "val", "test")] == [14, 3, 3]
     assert parts["test"][:6] == PINNED  # the same on every machine
-    names = list(kinds)
-    turned = mask.divide({name: kinds[name] for name in names[::-1]}, 0)
-    assert {names[::-1][i] for i in turned["test"]} == {names[i] for i in parts["test"]}
-    assert mask.divide(kinds, 1) != parts
+    assert numbers(items[::-1], 0) == parts != numbers(items, 1)
 
 
 PINNED = [3, 10, 20, 22, 43, 44]
 
 
+def augmented(image, boxes, strength):
+    boxes = BoundingBoxes(torch.tensor(boxes), format="XYXY", canvas_size=image.shape[1:])
+    x, target = mask.augmentation(strength)(image, {"boxes": boxes, "labels": torch.arange(len(boxes))})
+    return x, target["boxes"].as_subclass(torch.Tensor), target["labels"]
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_boxes_follow_every_augmentation(strength, monkeypatch):
     """A white rectangle on black: its pixels are found where its box comes to lie."""
-    plain, flipped, seen = torch.rand, 0, 0
-
-    def rand(*shape):
-        draws = plain(*shape)
-        draws[:, 4:] = 0.5  # no change of colour
-        return draws
-    monkeypatch.setattr(torch, "rand", rand)
-    for seed in range(40):
+    monkeypatch.setattr(mask.v2, "ColorJitter", lambda *ranges: mask.v2.Identity())
+    seen = 0
+    for seed in range(120):
         torch.manual_seed(seed)
-        sizes, images, boxes = [(64, 96), (90, 60), (50, 50)], [], []
-        for height, width in sizes:
-            x, y = int(torch.randint(8, width - 30, ())), int(torch.randint(8, height - 28, ()))
-            image = torch.zeros(3, height, width, dtype=torch.uint8)
-            image[:, y : y + 20, x : x + 14] = 255
-            images, boxes = [*images, image], [*boxes, torch.tensor([[x, y, x + 14.0, y + 20.0]])]
-        labels = [torch.tensor([1])] * 3
-        out, new_boxes, new_labels = mask.augment(images, boxes, labels, strength, torch.device("cpu"))
-        assert out.shape[2] % 32 == out.shape[3] % 32 == 0
-        for x, box, label, old in zip(out, new_boxes, new_labels, boxes):
-            assert len(box) == len(label)
-            if not len(box):
-                assert strength == 1  # it has left the image
-                continue
-            rows, columns = torch.where(x.mean(0) > 0.75)
-            true = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-            assert (box[0] - true).abs().max() < 1.6, (seed, box, true)
-            seen += 1
-            if strength == 0:
-                assert torch.equal(box, old)
+        height, width = [(64, 96), (90, 60), (50, 50)][seed % 3]
+        x, y = int(torch.randint(8, width - 30, ())), int(torch.randint(8, height - 28, ()))
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        image[:, y : y + 20, x : x + 14] = 255
+        out, boxes, labels = augmented(image, [[x, y, x + 14.0, y + 20.0]], strength)
+        assert out.dtype == torch.float and out.shape == image.shape and 0 <= out.min() and out.max() <= 1
+        assert len(boxes) == len(labels)
+        if not len(boxes):
+            assert strength == 1  # it has left the image
+            continue
+        rows, columns = torch.where(out.mean(0) > 0.75)
+        true = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert (boxes[0] - true).abs().max() < 1.6, (seed, boxes, true)
+        seen += 1
+        if strength == 0:
+            assert boxes.tolist() == [[x, y, x + 14, y + 20]] and torch.equal(out, image / 255)
     assert seen > 90
 
 
 def test_flips_happen():
-    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image, left = torch.zeros(3, 64, 64, dtype=torch.uint8), {0.01: 0, 1.0: 0}
     torch.manual_seed(0)
-    _, boxes, _ = mask.augment([image] * 64, [torch.tensor([[4.0, 8, 14, 18]])] * 64, [torch.tensor([1])] * 64, 0.01,
-                               torch.device("cpu"))
-    left = sum(float(box[0, 0]) < 32 for box in boxes)
-    assert left == 64  # a strength of 1 % flips hardly ever, and moves hardly anything
-    _, boxes, _ = mask.augment([image] * 64, [torch.tensor([[4.0, 8, 14, 18]])] * 64, [torch.tensor([1])] * 64, 1.0,
-                               torch.device("cpu"))
-    assert 10 < sum(len(box) and float(box[0, 0]) > 32 for box in boxes) < 54
-
-
-def test_a_single_class_is_not_rare():
-    items = [{"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([1])} for _ in range(5)]
-    assert len(mask.Batches(items, 2, 2, 1.0, "cpu").places) == 5
+    for strength in left:
+        for _ in range(64):
+            _, boxes, _ = augmented(image, [[4.0, 8, 14, 18]], strength)
+            left[strength] += len(boxes) == 0 or float(boxes[0, 0]) < 32
+    assert left[0.01] >= 62 and 10 < left[1.0] < 54  # a strength of 1 % flips hardly ever
 
 
 def test_names_are_no_formulas_in_the_pictures(tmp_path):
     boxes = torch.tensor([[2.0, 2.0, 20.0, 20.0]])
-    item = {"image": torch.zeros(3, 32, 32, dtype=torch.uint8), "name": "sale_$10_$20.jpg", "boxes": boxes, "scale": 1.0,
+    item = {"image": torch.zeros(3, 32, 32, dtype=torch.uint8), "name": "sale_$10_$20.jpg", "boxes": boxes,
             "labels": torch.tensor([1])}
-    mask.draw([item], [{"boxes": boxes, "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}], ["a $b$ _$"], 0.5, tmp_path)
+    found = {"boxes": boxes, "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
+    for draw in (mask.draw_examples, mask.draw_curves):
+        draw([item], [found], ["a $b$ _$"], 0.5, tmp_path)
     assert (tmp_path / "examples.png").exists() and (tmp_path / "pr.png").exists()
 
 
-def test_batches_hold_every_image_and_oversample_the_rare():
-    items = [{"image": torch.zeros(3, 20 + i % 3 * 20, 40, dtype=torch.uint8), "boxes": torch.zeros(1, 4),
-              "labels": torch.tensor([2 if i < 4 else 1]), "scale": torch.ones(4)} for i in range(32)]
-    batches = mask.Batches(items, 4, 3, 1.0, "cpu")
-    order = batches.order(0, 0)
-    assert order.shape == (10, 4) and np.bincount(order.flatten(), minlength=32).tolist() == [3] * 4 + [1] * 28
-    assert not np.array_equal(order, batches.order(0, 1)) and np.array_equal(order, mask.Batches(
-        items, 4, 3, 1.0, "cpu").order(0, 0))
-    ratios = [{items[i]["image"].shape[1] for i in batch} for batch in order]
-    assert sum(len(r) == 1 for r in ratios) >= 6
+def test_batches_hold_every_image_beside_others_of_its_shape():
+    ratios = [[0.5, 1, 2][i % 3] for i in range(33)]
+    batches = mask.arrange(ratios, 4, 0)
+    assert batches.shape == (8, 4) and len(set(batches.flatten().tolist())) == 32
+    assert np.array_equal(batches, mask.arrange(ratios, 4, 0)) and not np.array_equal(batches, mask.arrange(ratios, 4, 1))
+    assert sum(len({ratios[i] for i in batch}) == 1 for batch in batches) >= 5
+
+
+def test_training_sees_each_box_where_it_is(folder, call, monkeypatch):
+    """On images of another size, without augmentation."""
+    box = {}
+    monkeypatch.setattr(mask, "bench", lambda run, fetch, update, count: box.update(fetch=fetch))
+    assert call("fasterrcnn_mask", f"bench --data {folder} {SMALL} --image_size 120 --augment 0")[0] == 0
+    seen = set()
+    for step in range(1, 9):
+        images, targets = box["fetch"](step)
+        seen |= {tuple(row) for target in targets for row in target["boxes"].tolist()}
+        assert all(image.shape == (3, 80, 120) for image in images)
+    assert seen == {(10, 10, 50, 60), (60, 20, 100, 70)}
 
 
 @pytest.fixture
@@ -202,13 +209,16 @@ def trained(folder, call):
     return folder
 
 
-def test_modes_on_a_voc_folder(trained, call, refuses):
-    lists = json.load(open("run/split.json"))
-    assert [len(lists[name]) for name in ("train", "val", "test")] == [16, 4, 4] and sum(map(len, lists.values())) == 24
+def test_modes_on_a_voc_folder(trained, call, refuses, tmp_path):
+    data = mask.load_data(mask.Config(data=str(trained), image_size=64))
+    lists = {split: {item["name"] for item in data[split]} for split in ("train", "val", "test")}
+    assert [len(names) for names in lists.values()] == [16, 4, 4] and len(set.union(*lists.values())) == 24
     status, out, err = call("fasterrcnn_mask", "eval --ckpt run/best.pt --save scores --threshold 0.001")
     assert status == 0 and "map50" in out, err
     truth, found = (json.load(open(f"scores/{name}.json")) for name in ("truth", "detections"))
-    assert {i["file_name"] for i in truth["images"]} == set(lists["test"])
+    assert {i["file_name"] for i in truth["images"]} == lists["test"]
+    boxes = {row["image_id"]: row["bbox"] for row in truth["annotations"]}
+    assert all(np.round(box, 3).tolist() in ([5, 5, 20, 25], [30, 10, 20, 25]) for box in boxes.values())  # the original's
     coco = pytest.importorskip("pycocotools.coco")
     with contextlib.redirect_stdout(io.StringIO()):
         assert len(coco.COCO("scores/truth.json").loadRes(found).anns) == len(found) > 0
@@ -218,15 +228,15 @@ def test_modes_on_a_voc_folder(trained, call, refuses):
     exif[0x0112] = 6
     Image.new("RGB", (60, 40)).save(trained / "images/turned.jpg", exif=exif)
     status, out, err = call("fasterrcnn_mask", f"detect {trained}/images {trained}/images/00.png --ckpt run/best.pt "
-                                               "--save found --json --threshold 0.001")
+                                               "--save found --threshold 0.001")
     assert status == 0 and "1 of 27 images are unreadable" in out and "broken.png" in out and "images: 26" in out, err
-    assert Image.open("found/00.png").size == (780, 520) and Image.open("found/00-2.png").size == (780, 520)
-    assert Image.open("found/turned.png").size == (520, 780)
-    rows = json.load(open("found/boxes.json"))
+    assert Image.open("found/00-boxes.png").size == Image.open("found/00-2-boxes.png").size == (1000, 667)
+    assert Image.open("found/turned-boxes.png").size == (667, 1000)
+    pictures = json.load(open("found/boxes.json"))
+    rows = [row for picture in pictures for row in picture["boxes"]]
+    assert len(pictures) == 26 and all((tmp_path / "found" / picture["picture"]).exists() for picture in pictures)
     assert rows and {row["class"] for row in rows} <= {"mask", "none"} and all(len(row["box"]) == 4 for row in rows)
-    before = (trained / "images/00.png").read_bytes()  # the pictures never go over the images themselves
-    status, out, err = call("fasterrcnn_mask", f"detect {trained}/images/00.png --ckpt run/best.pt --save {trained}/images")
-    assert status == 0 and (trained / "images/00.png").read_bytes() == before and (trained / "images/00-2.png").exists(), err
+    assert all(0 <= x1 < x2 <= 60.001 and 0 <= y1 < y2 <= 60.001 for x1, y1, x2, y2 in (row["box"] for row in rows))
     refuses("fasterrcnn_mask", f"detect {trained}/images/broken.png --ckpt run/best.pt", "no readable image")
     refuses("fasterrcnn_mask", "detect nowhere.png --ckpt run/best.pt", "nowhere.png")
     refuses("fasterrcnn_mask", "detect --ckpt run/best.pt", "IMAGE")
@@ -234,14 +244,13 @@ def test_modes_on_a_voc_folder(trained, call, refuses):
 
 def test_classes(trained, call, refuses):
     (trained / "images/23.png").rename(trained / "images/23.bmp")
-    refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --out run --resume", "split.json", "start anew")
+    refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --out run --resume", "other images", "start anew")
     (trained / "images/23.bmp").rename(trained / "images/23.png")
     voc(trained / "annotations/00.xml", [], size=(30, 20))  # drawn on a smaller copy
     assert "made for (30, 20)" in call("fasterrcnn_mask", f"--data {trained} {SMALL} --out other")[1]
     path = voc(trained / "annotations/00.xml", [("helmet", 5, 5, 25, 30)])
-    refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --classes mask,none", str(path), "helmet", "--classes")
-    refuses("fasterrcnn_mask", "eval --ckpt run/best.pt", str(path), "helmet")
-    refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --out run --resume", "helmet", "start anew")
+    refuses("fasterrcnn_mask", "eval --ckpt run/best.pt", str(path), "helmet", "mask, none")
+    refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --out run --resume", "classes", "start anew")
     refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --init run/best.pt --out no --backbone resnet50", "--backbone resnet50")
     status, out, err = call("fasterrcnn_mask", f"--data {trained} {SMALL} --init run/best.pt --out more")
     assert status == 0 and "not taken from run/best.pt" in out and "cls_score" in out, err  # heads of another size
@@ -251,6 +260,8 @@ def test_bad_input(tmp_path, refuses, folder):
     (tmp_path / "empty").mkdir()
     refuses("fasterrcnn_mask", f"--data empty {SMALL}", "empty", "no annotations")
     refuses("fasterrcnn_mask", "--data demo --backbone vgg", "vgg", "mobilenet")
+    refuses("fasterrcnn_mask", "--data demo --backbone resnet50_v2", "resnet50_v2", "--weights none", "resnet18")
+    refuses("fasterrcnn_mask", "--data demo --backbone resnet18 --weights coco", "resnet18", "mobilenet or resnet50_v2")
     path = voc(folder / "more/07.xml", [])
     refuses("fasterrcnn_mask", f"--data {folder} {SMALL}", "twice", "07.xml")
     path.unlink()
@@ -259,7 +270,86 @@ def test_bad_input(tmp_path, refuses, folder):
     (folder / "08.bmp").unlink()
     for i in range(24):
         voc(folder / f"annotations/{i:02}.xml", [])
-    refuses("fasterrcnn_mask", f"--data {folder} {SMALL}", "24 images, 0 classes")
+    refuses("fasterrcnn_mask", f"--data {folder} {SMALL}", "24 images of 0 classes")
+
+
+# ------------------------------------------------------------------------------- what labelling tools export
+def scene(image, annotation, label="helmet", boxes=((5, 5, 25, 30),), size=(60, 40)):
+    """An image of one colour and its annotation."""
+    image.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (60, 40), (len(image.name), 90, 10)).save(image)
+    voc(annotation, [(label, *box) for box in boxes], size)
+
+
+def names_of(folder):
+    data = mask.load_data(mask.Config(data=str(folder), image_size=64))
+    return data, {split: sorted(item["name"] for item in data[split]) for split in ("train", "val", "test")}
+
+
+@pytest.mark.parametrize("images, annotations, val", [
+    ("{}", "{}", "valid"), ("{}/images", "{}/annotations", "val"), ("images/{}", "annotations/{}", "validation")])
+def test_given_splits(images, annotations, val, tmp_path, capsys):
+    """Roboflow's layout, and images and annotations in folders of their own; a name is in every split."""
+    for split, count in (("Train", 6), (val, 2), ("test", 3)):
+        for i in range(count):
+            scene(tmp_path / images.format(split) / f"{i}.rf.0a.jpg", tmp_path / annotations.format(split) / f"{i}.rf.0a.xml",
+                  boxes=[(5, 5, 25 + count, 30)])
+    scene(tmp_path / "other/9.jpg", tmp_path / "other/9.xml")
+    data, names = names_of(tmp_path)
+    assert {split: len(found) for split, found in names.items()} == {"train": 6, "val": 2, "test": 3}
+    for split, count in (("train", 6), ("val", 2), ("test", 3)):  # each with the annotation of its own split
+        assert {original(item)[0][2] for item in data[split]} == {25 + count}
+    assert "1 images are in none" in capsys.readouterr().out
+
+
+def test_splits_that_are_missing(tmp_path):
+    for i in range(20):
+        scene(tmp_path / f"train/{i}.jpg", tmp_path / f"train/{i}.xml")
+    for i in range(3):
+        scene(tmp_path / f"test/{i}.jpg", tmp_path / f"test/{i}.xml")
+    data, names = names_of(tmp_path)
+    assert [len(names[split]) for split in ("train", "val", "test")] == [17, 3, 3]
+    assert not set(names["train"]) & set(names["val"])
+    shutil.move(tmp_path / "test", tmp_path / "val")
+    data, names = names_of(tmp_path)
+    assert [len(names[split]) for split in ("train", "val", "test")] == [20, 3, 3] and names["test"] == names["val"]
+    shutil.move(tmp_path / "train", tmp_path / "photos")  # no training set: all are divided
+    for path in (tmp_path / "val").iterdir():
+        path.rename(path.with_stem(f"v{path.stem}"))
+    assert sum(map(len, names_of(tmp_path)[1].values())) == 23
+
+
+def test_voc_lists(tmp_path):
+    """VOC's own layout; its segmentations have the names of the images, its lists of classes are no splits."""
+    for i in range(9):
+        scene(tmp_path / f"VOC2012/JPEGImages/2008_{i}.jpg", tmp_path / f"VOC2012/Annotations/2008_{i}.xml")
+        scene(tmp_path / f"VOC2012/SegmentationClass/2008_{i}.png", tmp_path / f"VOC2012/Annotations/2008_{i}.xml")
+    lists = tmp_path / "VOC2012/ImageSets/Main"
+    lists.mkdir(parents=True)
+    for name, numbers in (("train", range(5)), ("val", (5, 6)), ("test", (7,)), ("trainval", range(7)), ("helmet_train", [8])):
+        (lists / f"{name}.txt").write_text("".join(f"2008_{i}  1\n" for i in numbers))
+    names = names_of(tmp_path)[1]
+    assert names == {"train": [f"2008_{i}.jpg" for i in range(5)], "val": ["2008_5.jpg", "2008_6.jpg"], "test": ["2008_7.jpg"]}
+    for path in lists.iterdir():
+        path.unlink()
+    (lists / "default.txt").write_text("2008_0\n")  # CVAT without subsets
+    assert sum(map(len, names_of(tmp_path)[1].values())) == 9
+
+
+def test_other_coordinates_and_forms(tmp_path, refuses):
+    for i in range(12):
+        scene(tmp_path / f"set/{i}.jpg", tmp_path / f"set/{i}.xml", boxes=[(0.1, 0.2, 0.5, 0.9), (0, 0.5, 1, 1)])
+    refuses("fasterrcnn_mask", f"--data set {SMALL}", "set", "relative (0 to 1)", "0.xml", "pixels")
+    for i in range(12):
+        scene(tmp_path / f"set/{i}.jpg", tmp_path / f"set/{i}.xml", boxes=[(10, 10, 11, 20), (10, 10, 11.5, 11.9), (1, 1, 9, 9)])
+    refuses("fasterrcnn_mask", f"--data set {SMALL}", "smaller than 2 pixels")
+    for i in range(12):
+        (tmp_path / f"set/{i}.xml").unlink()
+        (tmp_path / f"set/{i}.txt").write_text("0 0.5 0.5 0.1 0.2\n")
+    refuses("fasterrcnn_mask", f"--data set {SMALL}", "no annotations NAME.xml", "0.txt", "YOLO", "Pascal VOC")
+    (tmp_path / "coco/train").mkdir(parents=True)
+    (tmp_path / "coco/train/_annotations.coco.json").write_text("{}")
+    refuses("fasterrcnn_mask", f"--data coco {SMALL}", "_annotations.coco.json", "COCO", "Pascal VOC")
 
 
 def test_demo_is_the_same_each_time_and_has_all_kinds():
