@@ -91,8 +91,8 @@ class Config:
     threshold: float = 0.0  # score from which a box is drawn; 0: the best one on the validation set
 
 
-PRESETS = {"demo": {"weights": "none", "image_size": 128, "batch_size": 4, "epochs": 3, "warmup": 50,
-                    "augment": 0.3, "eval_every": 210}}
+PRESETS = {"demo": {"weights": "none", "image_size": 128, "epochs": 2, "warmup": 50, "augment": 0.3,
+                    "eval_every": 280}}
 SCRATCH = {"backbone": "resnet18", "image_size": 400, "batch_size": 2, "lr": 4e-4, "epochs": 30,
            "eval_every": 500}  # defaults with --weights none
 MODES = {"train": ("", "train, then test (default)"),
@@ -1087,9 +1087,6 @@ def main(argv=None):
     per_epoch = len(items) // size
     schedule = per_epoch * cfg.epochs
     total = min(cfg.max_steps or schedule, schedule)
-    room = torch.cuda.mem_get_info()[0] / 3 if device.type == "cuda" else math.inf
-    fits = sum(item["image"].nbytes for item in items) < room
-    images = [item["image"].to(device) if fits else item["image"] for item in items]
     counts = torch.cat([item["labels"] for item in items]).bincount(minlength=len(classes) + 1)[1:].tolist()
     say(f"images: {len(items):,} train, {len(data['val']):,} val, {len(data['test']):,} test; boxes to train "
         f"on: {', '.join(f'{n:,} {name}' for n, name in zip(counts, classes))}; steps: {total:,}")
@@ -1122,8 +1119,9 @@ def main(argv=None):
         torch.manual_seed(seed_for(cfg.seed, step, RANK))  # for torchvision's sampling of boxes, too
         batch = []
         for i in order(epoch)[place][RANK::WORLD]:
-            boxes = BoundingBoxes(items[i]["boxes"], format="XYXY", canvas_size=images[i].shape[1:])
-            x, target = change(images[i].to(device), {"boxes": boxes, "labels": items[i]["labels"]})
+            x = items[i]["image"].to(device)
+            boxes = BoundingBoxes(items[i]["boxes"], format="XYXY", canvas_size=x.shape[1:])
+            x, target = change(x, {"boxes": boxes, "labels": items[i]["labels"]})
             target["boxes"] = target["boxes"].as_subclass(torch.Tensor)
             batch.append((x, {key: value.to(device) for key, value in target.items()}))
         return zip(*batch)

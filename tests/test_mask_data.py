@@ -170,6 +170,8 @@ def test_flips_happen():
             _, boxes, _ = augmented(image, [[4.0, 8, 14, 18]], strength)
             left[strength] += len(boxes) == 0 or float(boxes[0, 0]) < 32
     assert left[0.01] >= 62 and 10 < left[1.0] < 54  # a strength of 1 % flips hardly ever
+    _, boxes, labels = augmented(image, np.zeros((0, 4)), 1.0)  # an image without faces
+    assert boxes.shape == (0, 4) and len(labels) == 0
 
 
 def test_names_are_no_formulas_in_the_pictures(tmp_path):
