@@ -12,8 +12,8 @@
 
 Measured on one thread of a CPU (AMD EPYC), other work beside it, from scratch; one run each, seed 0:
 
-    --data demo                                    TODO
-    --data face-mask-detection --weights none      TODO
+    --data demo                                  0.944 mAP50, 0.756 mAP on unseen scenes; 1.9 minutes
+    --data face-mask-detection --weights none    0.395 mAP50, 0.219 mAP on 114 test images; 74 minutes
 
 Fine-tuning from COCO weights has not been measured.
 
