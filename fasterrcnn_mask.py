@@ -631,7 +631,7 @@ def drawn(image, boxes, part, classes, side):
     classes, and the names and perhaps scores in `part`."""
     try:
         from matplotlib import get_data_path
-        font, font_size = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", side // 45
+        font, font_size = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", side // 60
     except ImportError:
         font, font_size = None, None  # a smaller one of Pillow's
     scale = side / max(image.size)
@@ -730,7 +730,7 @@ def predict(mode, inputs, flags):
     model.load_state_dict(ckpt["model"])
     if mode == "eval":
         data = load_data(cfg, ckpt["classes"])
-        if cfg.data == ckpt["config"]["data"] and data["key"] != ckpt["key"]:
+        if cfg.data == ckpt["config"]["data"] and data["key"] != ckpt.get("key", data["key"]):
             say(f"warning: {cfg.data} has changed since the training; it may have seen images of this test")
         say(show(score(model, data, cfg.threshold or ckpt["threshold"], folder, device), digits=6))
     else:
@@ -1087,7 +1087,7 @@ def main(argv=None):
 
     data = load_data(cfg)
     items, classes = data["train"], data["classes"]
-    if ckpt and ckpt["key"] != data["key"]:
+    if ckpt and ckpt.get("key") != data["key"]:
         raise UserError(f"--data {cfg.data}: other images or labels than {run.folder}/last.pt; start anew")
     size = min(cfg.batch_size, len(items))
     if size < WORLD:

@@ -336,9 +336,10 @@ def mask(flags, rounds, steps):
     report_rates("fasterrcnn_mask", rates, "images/s", dtype=cfg.dtype, backbone=cfg.backbone)
     found = []
     for item in items:
-        rows = torch.arange(100) % max(1, len(item["labels"]))
-        found.append({"boxes": item["boxes"][rows] + torch.randn(100, 4), "labels": item["labels"][rows], "scores": torch.rand(100)}
-                     if len(item["labels"]) else {"boxes": torch.zeros(0, 4), "labels": rows[:0], "scores": rows[:0].float()})
+        count = len(item["labels"])
+        rows = torch.arange(100 if count else 0) % max(1, count)
+        found.append({"boxes": item["boxes"][rows] + torch.randn(len(rows), 4), "labels": item["labels"][rows],
+                      "scores": torch.rand(len(rows))})
     module.write_coco(pathlib.Path(folder.name), items, found, module.load_data(cfg)["classes"])
 
     def pycocotools(_):
