@@ -10,6 +10,9 @@
     python fasterrcnn_mask.py eval                        # test the newest out/fasterrcnn_mask-*/best.pt
     python fasterrcnn_mask.py detect photo.jpg folder --save found
 
+COCO weights are downloaded by torchvision. With --weights none the defaults are those in SCRATCH: --backbone
+resnet18 --image_size 400 --batch_size 2 --lr 4e-4 --epochs 30 --eval_every 500.
+
 Measured on one thread of a CPU (AMD EPYC), other work beside it, from scratch; one run each, seed 0:
 
     --data demo                                  0.944 mAP50, 0.756 mAP on unseen scenes; 1.9 minutes
@@ -81,8 +84,8 @@ class Config:
     save_every: int = 200  # steps between saves of last.pt; each validation saves it, too
     log_every: int = 20  # steps between log lines
     # the task
-    backbone: str = "resnet50_v2"  # mobilenet|resnet18|resnet50|resnet50_v2: those in PRETRAINED or BACKBONES
-    weights: str = "coco"  # coco|none: torchvision's COCO weights, downloaded, or training from scratch
+    backbone: str = "resnet50_v2"  # mobilenet|resnet18|resnet50|resnet50_v2: network of the detector
+    weights: str = "coco"  # coco|none: COCO weights (mobilenet, resnet50_v2), or none (all but resnet50_v2)
     image_size: int = 800  # longer side in pixels to which images are resized
     epochs: int = 20  # passes over the training set
     warmup: int = 200  # 0 to 1000000, steps in which the learning rate rises
