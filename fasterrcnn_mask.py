@@ -10,8 +10,8 @@
     python fasterrcnn_mask.py eval                        # test the newest out/fasterrcnn_mask-*/best.pt
     python fasterrcnn_mask.py detect photo.jpg folder --save found
 
-COCO weights are downloaded by torchvision. With --weights none the defaults are other: a resnet18, images of
-400 pixels, 2 in a batch, a learning rate of 4e-4, 30 epochs, a validation every 500 steps.
+COCO weights are downloaded by torchvision. --weights none has its own defaults: a resnet18, images of 400
+pixels, batches of 2, a learning rate of 4e-4, 30 epochs, a validation every 500 steps.
 
 Measured on one thread of a CPU (AMD EPYC), other work beside it, from scratch; one run each, seed 0:
 
@@ -120,7 +120,7 @@ BACKBONES = {  # to train from scratch: torchvision's network, and its layers of
 
 
 class Backbone(BackboneWithFPN):
-    """torchvision's feature pyramid. It alone trains in bfloat16, which would round boxes to some pixels."""
+    """torchvision's feature pyramid. Only it trains in bfloat16: boxes in bfloat16 would be pixels off."""
 
     bfloat16 = False
 
@@ -164,7 +164,7 @@ def untrained(num_classes, backbone, weights, image_size):
         model.backbone.__class__ = Backbone
         for layer in list(model.backbone.body.children())[:fixed]:
             layer.requires_grad_(False)
-    with torch.no_grad():  # RoIAlign infers the strides from its first image: wrong ones if that is flat
+    with torch.no_grad():  # RoIAlign takes its strides from the first image it sees; a flat one misleads it
         maps = model.eval().backbone(torch.zeros(1, 3, 64, 64))
         model.roi_heads.box_roi_pool(maps, [torch.zeros(1, 4)], [(64, 64)])
     return model.train()
@@ -181,11 +181,9 @@ def build_model(num_classes, backbone="resnet50_v2", weights="coco", image_size=
     if weights == "none":
         return model
     known = PRETRAINED[backbone][1]
-    try:
-        state = known.get_state_dict(progress=RANK == 0, check_hash=True)
-        missing, unknown = model.load_state_dict(state, strict=False)
-        if unknown or not all(key.endswith("num_batches_tracked") for key in missing):
-            raise ValueError(f"{len(missing)} weights are missing, {len(unknown)} unknown")
+    counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
+    try:  # some files lack the counters
+        model.load_state_dict(counters | known.get_state_dict(progress=RANK == 0, check_hash=True))
     except Exception as e:  # no network, or a file that holds anything else
         target = Path(torch.hub.get_dir(), "checkpoints", known.url.split("/")[-1])
         raise UserError(f"--weights coco: no weights of {backbone} ({str(e)[:200]}); put {known.url} at "
@@ -211,8 +209,8 @@ SPLITS = {"train": "train", "training": "train", "trainval": "train", "val": "va
 
 
 def demo_scenes(count, side=128):
-    """Generated scenes as (image, boxes, labels): faces of 14 to 52 pixels, among shapes that are none. A
-    mask that is worn badly leaves the nose free."""
+    """Scenes as (image, boxes, labels): faces of 14 to 52 pixels among other shapes. A badly worn mask does not
+    cover the nose."""
     from PIL import Image, ImageDraw
     rng = np.random.default_rng(0)
 
@@ -272,8 +270,9 @@ def find_scenes(folder):
     lists = [(path.stem.lower(), path) for path in find_files(folder, "**/ImageSets/Main/*.txt")]
     for split, path in [(split, path) for split in SPLITS for stem, path in lists if stem == split]:
         for line in path.read_text("utf-8-sig", "replace").splitlines():
-            name = re.sub(r'"?(\s+-?[01])?$', "", line.strip('" '))  # 2008_000001  1; or quoted, with spaces
-            listed[Path(re.sub(r"\.(jpe?g|png|bmp)$", "", name, flags=re.I)).name] = SPLITS[split]
+            if words := re.match(r'\s*(?:"(.+)"|(.+?))(\s+-?[01])?\s*$', line):  # 2008_000001  1
+                name = re.sub(r"\.(jpe?g|png|bmp|webp|tiff?)$", "", words[1] or words[2], flags=re.I)
+                listed[Path(name).name] = SPLITS[split]
     annotations = [path for path in find_files(folder) if path.suffix.lower() == ".xml"]
     images = find_images(folder)
     if not annotations:
@@ -296,9 +295,9 @@ def find_scenes(folder):
 
 
 def read_voc(path):
-    """A VOC annotation: {"boxes": (N, 4) xyxy pixels, "labels": names, "size": (W, H) or None}. Boxes are
-    taken as written, without subtracting VOC's 1, "difficult" ones too; an image without objects is one
-    without faces. Raises UserError if it is no such file."""
+    """A VOC annotation: {"boxes": (N, 4) xyxy pixels, "labels": names, "size": (W, H) or None}. Boxes are as
+    in the file: VOC's 1 is not subtracted, "difficult" ones count. An image may have no object. Raises
+    UserError for any other file."""
     try:
         text = Path(path).read_bytes()
         if re.search(rb"<!DOCTYPE|<!ENTITY|\0", text):  # an entity could expand to gigabytes
@@ -322,8 +321,8 @@ def read_voc(path):
 
 
 def read_image(path, size=None):
-    """An image file as RGB, turned upright by its EXIF tag, unless its `size` in the annotation fits only the
-    image as stored."""
+    """An image file as RGB, turned upright by its EXIF tag, unless only the unturned image has the `size` in
+    its annotation."""
     from PIL import Image, ImageOps
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image)
@@ -346,7 +345,8 @@ def prepare(image, side, boxes=torch.zeros(0, 4)):
 
 
 def voc_scenes(folder, side):
-    """What `prepare` returns of each annotated image in a folder, with its labels, name and split."""
+    """What `prepare` returns of each annotated image in a folder, with its "labels" (names), "name", "split",
+    "path" of the annotation, "raw" boxes, and whether boxes were "clipped"."""
     scenes = find_scenes(folder)
     annotated = {key: paths for key, paths in scenes.items() if paths[0]}
 
@@ -405,13 +405,14 @@ def divide(items, seed):
 
 
 def split_up(items, seed):
-    """{"train", "val", "test": items}: the given splits. Without "train" all items are divided, and "train"
-    alone is; else a missing "val" is cut from "train", and a missing "test" is "val"."""
+    """{"train", "val", "test": items}: the given splits. No "train": all items are divided. Only "train": it
+    is divided. No "val": it is cut from "train". No "test": "val" is tested."""
     parts = {split: [item for item in items if item["split"] == split] for split in ("train", "val", "test")}
+    if given := ", ".join(f"{len(part)} {split}" for split, part in parts.items() if part):
+        rest = f"in none, and not used: {sum(not item['split'] for item in items)}"
+        say(f"splits given: {given}; {rest if parts['train'] else 'without train all images are divided'}")
     if not parts["train"]:
         return divide(items, seed)
-    given = ", ".join(f"{len(part)} {split}" for split, part in parts.items() if part)
-    say(f"splits given: {given}; in none, and not used: {sum(not item['split'] for item in items)}")
     if not parts["val"]:
         own = divide(parts["train"], seed)
         if not parts["test"]:
@@ -443,25 +444,24 @@ def load_data(cfg, classes=None):
         if unknown := set(item["labels"]) - set(classes):
             raise UserError(f"{item.get('path', cfg.data)}: unknown class {min(unknown)!r}; the checkpoint "
                             f"knows {', '.join(classes)}")
-        labels = [1 + classes.index(label) for label in item["labels"]]
-        item["labels"] = torch.tensor(labels, dtype=torch.long)
-    images = [(item["name"], item["labels"].tolist()) for part in parts.values() for item in part]
-    return parts | {"classes": classes, "key": seed_for(images, len(parts["train"]), classes)}
+        item["labels"] = torch.tensor([1 + classes.index(v) for v in item["labels"]], dtype=torch.long)
+    known = [[(item["name"], item["labels"].tolist()) for item in part] for part in parts.values()]
+    return parts | {"classes": classes, "key": seed_for(known, classes)}
 
 
 def augmentation(strength):
-    """Flips, scales (0.55 to 1.8 times), shifts and colours an image and its boxes; uint8 -> [0, 1]."""
+    """A function of (image, target) that flips, scales, shifts and colours; uint8 -> float in [0, 1]."""
     shift, colour, grey = min(0.9, 0.25 * strength), min(0.9, 0.4 * strength), [124, 116, 104]
     return v2.Compose([
         v2.RandomHorizontalFlip(min(0.5, strength)), v2.ColorJitter(colour, colour, colour),
         v2.RandomAffine(0, (shift, shift), (0.55 ** strength, 1.8 ** strength), fill=grey,
                         interpolation=v2.InterpolationMode.BILINEAR),
-        v2.SanitizeBoundingBoxes(min_size=2), v2.ToDtype(torch.float32, scale=True)])
+        v2.SanitizeBoundingBoxes(min_size=2), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
 
 
 def arrange(ratios, size, seed):
-    """(N // size, size) numbers of N images in random order, those of about the same aspect ratio in one
-    batch, since torchvision pads the images of a batch to one shape."""
+    """The batches of an epoch, (N // size, size) numbers of images in random order. Images of similar aspect
+    ratio share a batch, since torchvision pads a batch to one shape."""
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(ratios))[: len(ratios) // size * size]
     alike = chosen[np.argsort(np.array(ratios)[chosen] * rng.uniform(1, 1.1, len(chosen)))]
@@ -473,7 +473,7 @@ IOUS = np.linspace(0.5, 0.95, 10)
 
 
 def pairwise_iou(found, true, crowd):
-    """IoU of boxes (D, 4), (G, 4) -> (D, G) as COCO has it: with a crowd, the share of the found box."""
+    """IoU of boxes (D, 4), (G, 4) -> (D, G); with a crowd, as in COCO, overlap / area of the found box."""
     found, true = ((b[:, :2], b[:, 2:] - b[:, :2]) for b in (np.asarray(b, float) for b in (found, true)))
     ends = [start + extent for start, extent in (found, true)]
     both = np.minimum(ends[0][:, None], ends[1]) - np.maximum(found[0][:, None], true[0])
@@ -487,7 +487,8 @@ def match(predictions, targets, label):
     """All boxes found of one class, best first: scores (N,); at the ten IoUs whether each is right (10, N),
     and whether it does not count (10, N), being in a crowd; and the number of true boxes.
 
-    In each image the 100 best take, in their order, the free true box of the highest IoU, of equals the last.
+    In each image the 100 best boxes choose, in order of score, the free true box with the highest IoU; of
+    equal ones the last.
     """
     scores, right, void, count = [], [], [], 0
     for found, true in zip(predictions, targets):
@@ -505,7 +506,7 @@ def match(predictions, targets, label):
             free, rows = np.ones((10, len(crowd)), bool), np.arange(10)
             for i in np.flatnonzero(iou.max(1) >= IOUS[0]):
                 open_to = (iou[i] >= IOUS[:, None]) & (free | crowd)  # (10, G)
-                rank = np.where(open_to, iou[i] + 2 * ~crowd, -1)[:, ::-1]  # a true box goes before any crowd
+                rank = np.where(open_to, iou[i] - crowd, -1)[:, ::-1]  # a true box goes before any crowd
                 taken = len(crowd) - 1 - rank.argmax(1)
                 matched = open_to.any(1)
                 hit[:, i], skip[:, i] = matched & ~crowd[taken], matched & crowd[taken]
@@ -708,10 +709,8 @@ def detect(model, cfg, ckpt, inputs, folder, device):
         names = [ckpt["classes"][label - 1] for label in found["labels"]]
         counts = ", ".join(f"{n} {name}" for name, n in Counter(names).items())
         say(f"{path}: {counts or 'nothing found'}")
-        picture, number = f"{path.stem}-boxes.png", 1
-        while picture in [row["picture"] for row in rows]:  # images of one name from several folders
-            number += 1
-            picture = f"{path.stem}-{number}-boxes.png"
+        number = sum(Path(row["file"]).stem == path.stem for row in rows)  # of earlier images of this name
+        picture = f"{path.stem}-boxes{number or ''}.png"
         rows.append({"file": str(path), "picture": picture, "boxes": [
             {"class": name, "score": value, "box": box}
             for name, value, box in zip(names, found["scores"].tolist(), boxes.tolist())]})
@@ -1133,7 +1132,6 @@ def main(argv=None):
             x = items[i]["image"].to(device)
             boxes = BoundingBoxes(items[i]["boxes"], format="XYXY", canvas_size=x.shape[1:])
             x, target = change(x, {"boxes": boxes, "labels": items[i]["labels"]})
-            target["boxes"] = target["boxes"].as_subclass(torch.Tensor)
             batch.append((x, {key: value.to(device) for key, value in target.items()}))
         return zip(*batch)
 
@@ -1162,7 +1160,7 @@ def main(argv=None):
         if check:
             figures, found = evaluate(raw, data["val"], classes, device)
             run.write("val", figures)
-            found = [confident(f, 0.0) for f in found]
+            found = [confident(f, 0.0) for f in found]  # as `detect` shows them
             if run.best is None or figures["map"] > run.best:
                 run.best = figures["map"]
                 run.save("best.pt", model=raw.state_dict(), classes=classes, key=data["key"],

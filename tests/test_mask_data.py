@@ -133,7 +133,7 @@ PINNED = [3, 10, 20, 22, 43, 44]
 def augmented(image, boxes, strength):
     boxes = BoundingBoxes(torch.tensor(boxes), format="XYXY", canvas_size=image.shape[1:])
     x, target = mask.augmentation(strength)(image, {"boxes": boxes, "labels": torch.arange(len(boxes))})
-    return x, target["boxes"].as_subclass(torch.Tensor), target["labels"]
+    return x, target["boxes"], target["labels"]
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
@@ -232,7 +232,7 @@ def test_modes_on_a_voc_folder(trained, call, refuses, tmp_path):
     status, out, err = call("fasterrcnn_mask", f"detect {trained}/images {trained}/images/00.png --ckpt run/best.pt "
                                                "--save found --threshold 0.001")
     assert status == 0 and "1 of 27 images are unreadable" in out and "broken.png" in out and "images: 26" in out, err
-    assert Image.open("found/00-boxes.png").size == Image.open("found/00-2-boxes.png").size == (1000, 667)
+    assert Image.open("found/00-boxes.png").size == Image.open("found/00-boxes1.png").size == (1000, 667)
     assert Image.open("found/turned-boxes.png").size == (667, 1000)
     pictures = json.load(open("found/boxes.json"))
     rows = [row for picture in pictures for row in picture["boxes"]]
@@ -338,7 +338,7 @@ def test_voc_lists(tmp_path):
     names = names_of(tmp_path)[1]
     assert names == {"train": [f"2008_{i}.jpg" for i in range(5)], "val": ["2008_5.jpg", "2008_6.jpg"], "test": ["2008_7.jpg"]}
     for name, numbers in (("trainval", range(9)), ("test", (7, 8))):  # Windows' and others' forms; one name in two lists
-        (lists / f"{name}.txt").write_text("\ufeff" + "".join(f'"JPEGImages/2008_{i}.JPG"\r\n' for i in numbers), "utf-8")
+        (lists / f"{name}.txt").write_text("\ufeff" + "".join(f'"JPEGImages/2008_{i}.JPG"  1\r\n' for i in numbers), "utf-8")
     for name in ("train", "Val"):
         (lists / f"{name}.txt").unlink()
     names = names_of(tmp_path)[1]

@@ -144,7 +144,7 @@ def test_weights_that_are_not_there(monkeypatch, refuses):
     refuses("fasterrcnn_mask", "--data demo --weights coco --backbone mobilenet --max_steps 1 --device cpu", "--weights none", "no network",
             "checkpoints", "https://download.pytorch.org")
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *args, **how: {"a": torch.zeros(1)})
-    refuses("fasterrcnn_mask", "--data demo --weights coco --backbone mobilenet --max_steps 1 --device cpu", "1 unknown", "--weights none")
+    refuses("fasterrcnn_mask", "--data demo --weights coco --backbone mobilenet --max_steps 1 --device cpu", "Missing key", "--weights none")
 
 
 @pytest.fixture(scope="module")
