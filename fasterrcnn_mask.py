@@ -209,7 +209,7 @@ SPLITS = {"train": "train", "training": "train", "trainval": "train", "val": "va
 
 
 def demo_scenes(count, side=128):
-    """Scenes as (image, boxes, labels): faces of 14 to 52 pixels among other shapes. A badly worn mask does not
+    """Scenes as (image, boxes, labels): faces of 14 to 52 pixels and other shapes. A badly worn mask does not
     cover the nose."""
     from PIL import Image, ImageDraw
     rng = np.random.default_rng(0)
