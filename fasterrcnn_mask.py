@@ -16,7 +16,7 @@ pixels, batches of 2, a learning rate of 4e-4, 30 epochs, a validation every 500
 Measured on one thread of a CPU (AMD EPYC), other work beside it, from scratch; one run each, seed 0:
 
     --data demo                                  0.944 mAP50, 0.756 mAP on unseen scenes; 1.9 minutes
-    --data face-mask-detection --weights none    0.395 mAP50, 0.219 mAP on 114 test images; 74 minutes
+    --data face-mask-detection --weights none    0.393 mAP50, 0.231 mAP on 114 test images; 87 minutes
 
 Fine-tuning from COCO weights has not been measured.
 
