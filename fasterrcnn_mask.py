@@ -177,9 +177,9 @@ def build_model(num_classes, backbone="resnet50_v2", weights="coco", image_size=
     weights: "none" (from scratch), or "coco": torchvision's, of which all but the box predictor is kept.
     Raises UserError if they are neither cached nor can be downloaded, or for another backbone.
     """
-    model = untrained(num_classes if weights == "none" else 91, backbone, weights, image_size)
     if weights == "none":
-        return model
+        return untrained(num_classes, backbone, weights, image_size)
+    model = untrained(91, backbone, weights, image_size)
     known = PRETRAINED[backbone][1]
     counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
     try:  # some files lack the counters
@@ -256,29 +256,28 @@ def find_files(folder, pattern="**/*"):
     return [p for p in sorted(folder.glob(pattern)) if not any(map(junk.match, p.relative_to(folder).parts))]
 
 
-def find_images(folder):
-    """Sorted paths of the images in a folder, in any of Pillow's formats."""
+def images_among(paths):
+    """Those of the paths that have an ending of one of Pillow's formats."""
     from PIL import Image
     kinds = Image.registered_extensions()  # of some Pillow only writes
-    return [p for p in find_files(folder) if kinds.get(p.suffix.lower()) in Image.OPEN]
+    return [path for path in paths if kinds.get(path.suffix.lower()) in Image.OPEN]
 
 
 def find_scenes(folder):
     """{(split, name): [annotation or None, image or None]} of a folder. A split is a sub-folder in SPLITS, or
     one of VOC's lists ImageSets/Main/SPLIT.txt; it is "" for what belongs to none."""
-    listed = {}  # {name: split}
-    lists = [(path.stem.lower(), path) for path in find_files(folder, "**/ImageSets/Main/*.txt")]
+    files, listed = find_files(folder), {}  # listed: {name: split}
+    lists = [(path.stem.lower(), path) for path in files if path.match("ImageSets/Main/*.txt")]
     for split, path in [(split, path) for split in SPLITS for stem, path in lists if stem == split]:
         for line in path.read_text("utf-8-sig", "replace").splitlines():
             if words := re.match(r'\s*(?:"(.+)"|(.+?))(\s+-?[01])?\s*$', line):  # 2008_000001  1
                 name = re.sub(r"\.(jpe?g|png|bmp|webp|tiff?)$", "", words[1] or words[2], flags=re.I)
                 listed[Path(name).name] = SPLITS[split]
-    annotations = [path for path in find_files(folder) if path.suffix.lower() == ".xml"]
-    images = find_images(folder)
+    annotations = [path for path in files if path.suffix.lower() == ".xml"]
+    images = images_among(files)
     if not annotations:
         stems = {path.stem for path in images}
-        other = [path for path in find_files(folder)
-                 if path.suffix == ".json" or path.suffix == ".txt" and path.stem in stems]
+        other = [p for p in files if p.suffix == ".json" or p.suffix == ".txt" and p.stem in stems]
         seen = f", but {other[0]}: export it as Pascal VOC, not as COCO or YOLO" if other else ""
         raise UserError(f"{folder}: no annotations NAME.xml in it{seen}; data/README.md shows the layouts")
     images = [p for p in images if "JPEGImages" in p.parts] or images  # not VOC's segmentations
@@ -379,7 +378,8 @@ def voc_scenes(folder, side):
     if ((boxes[:, 2:] - boxes[:, :2]).amin(1) < 2).float().mean() > 0.5:
         kind = "relative (0 to 1)" if boxes.max() <= 1 else "smaller than 2 pixels"
         raise UserError(f"{folder}: most boxes are {kind}, as in {items[0]['path']}; VOC counts pixels")
-    clipped = [item["path"].name for item in items if item["clipped"]]
+    clipped = [f"{item['path'].name} ({len(item['raw']) - len(item['boxes'])} dropped)"
+               for item in items if item["clipped"]]
     alone = [str(image) for annotation, image in scenes.values() if not annotation]
     for text, names in (("annotations or images are unreadable, skipped", bad),
                         ("images have no annotation", alone),
@@ -408,11 +408,12 @@ def split_up(items, seed):
     """{"train", "val", "test": items}: the given splits. No "train": all items are divided. Only "train": it
     is divided. No "val": it is cut from "train". No "test": "val" is tested."""
     parts = {split: [item for item in items if item["split"] == split] for split in ("train", "val", "test")}
-    if given := ", ".join(f"{len(part)} {split}" for split, part in parts.items() if part):
-        rest = f"in none, and not used: {sum(not item['split'] for item in items)}"
-        say(f"splits given: {given}; {rest if parts['train'] else 'without train all images are divided'}")
+    given = ", ".join(f"{len(part)} {split}" for split, part in parts.items() if part)
     if not parts["train"]:
+        if given:
+            say(f"splits given: {given}; without train all images are divided")
         return divide(items, seed)
+    say(f"splits given: {given}; in none, and not used: {sum(not item['split'] for item in items)}")
     if not parts["val"]:
         own = divide(parts["train"], seed)
         if not parts["test"]:
@@ -695,8 +696,11 @@ def build(cfg, classes, device, trained=False):
 
 def detect(model, cfg, ckpt, inputs, folder, device):
     """Draws each image with what is found in it as NAME-boxes.png, and writes boxes.json."""
-    paths = [p for path in map(Path, inputs) for p in (find_images(path) if path.is_dir() else [path])]
+    paths = []
+    for path in map(Path, inputs):
+        paths += images_among(find_files(path)) if path.is_dir() else [path]
     bad, rows, threshold = [], [], cfg.threshold or ckpt["threshold"]
+    taken = {path.resolve() for path in paths}
     for path in paths:
         try:
             image = read_image(path)
@@ -709,13 +713,16 @@ def detect(model, cfg, ckpt, inputs, folder, device):
         names = [ckpt["classes"][label - 1] for label in found["labels"]]
         counts = ", ".join(f"{n} {name}" for name, n in Counter(names).items())
         say(f"{path}: {counts or 'nothing found'}")
-        number = sum(Path(row["file"]).stem == path.stem for row in rows)  # of earlier images of this name
-        picture = f"{path.stem}-boxes{number or ''}.png"
-        rows.append({"file": str(path), "picture": picture, "boxes": [
+        target, number = folder / f"{path.stem}-boxes.png", 0
+        while target.resolve() in taken:  # never over an input, nor over another's picture
+            number += 1
+            target = folder / f"{path.stem}-boxes{number}.png"
+        taken.add(target.resolve())
+        rows.append({"file": str(path), "picture": target.name, "boxes": [
             {"class": name, "score": value, "box": box}
             for name, value, box in zip(names, found["scores"].tolist(), boxes.tolist())]})
         if RANK == 0:
-            drawn(image, boxes, found, ckpt["classes"], 1000).save(folder / picture)
+            drawn(image, boxes, found, ckpt["classes"], 1000).save(target)
     if bad:
         say(f"note: {len(bad)} of {len(paths)} images are unreadable, skipped: {', '.join(bad[:5])}")
     if len(bad) == len(paths):
@@ -1089,6 +1096,8 @@ def main(argv=None):
 
     data = load_data(cfg)
     items, classes = data["train"], data["classes"]
+    if ckpt and ckpt["classes"] != classes:
+        raise UserError(f"{run.folder}: its classes are {ckpt['classes']}, the data's {classes}; start anew")
     if ckpt and ckpt.get("key") != data["key"]:
         raise UserError(f"--data {cfg.data}: other images or labels than {run.folder}/last.pt; start anew")
     size = min(cfg.batch_size, len(items))
@@ -1118,9 +1127,10 @@ def main(argv=None):
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
     change = augmentation(cfg.augment)
 
+    ratios = [item["size"][0] / item["size"][1] for item in items]
+
     @functools.lru_cache(1)
     def order(epoch):
-        ratios = [item["size"][0] / item["size"][1] for item in items]
         return arrange(ratios, size, seed_for(cfg.seed, epoch))
 
     def fetch(step):
@@ -1160,9 +1170,9 @@ def main(argv=None):
         if check:
             figures, found = evaluate(raw, data["val"], classes, device)
             run.write("val", figures)
-            found = [confident(f, 0.0) for f in found]  # as `detect` shows them
             if run.best is None or figures["map"] > run.best:
                 run.best = figures["map"]
+                found = [confident(f, 0.0) for f in found]  # as `detect` shows them
                 run.save("best.pt", model=raw.state_dict(), classes=classes, key=data["key"],
                          threshold=best_threshold(found, data["val"], classes))
         if save:

@@ -295,7 +295,8 @@ def mask(flags, rounds, steps):
     from torchvision.transforms import v2
     module, box = captured("fasterrcnn_mask", flags)
     cfg, device, folder = box["run"].cfg, box["run"].device, tempfile.TemporaryDirectory()
-    items = module.load_data(cfg)["train"]
+    data = module.load_data(cfg)
+    items = data["train"]
     for i, item in enumerate(items):
         Image.fromarray(item["image"].permute(1, 2, 0).numpy()).save(f"{folder.name}/{i}.jpg")
     change = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3)])
@@ -340,7 +341,7 @@ def mask(flags, rounds, steps):
         rows = torch.arange(100 if count else 0) % max(1, count)
         found.append({"boxes": item["boxes"][rows] + torch.randn(len(rows), 4), "labels": item["labels"][rows],
                       "scores": torch.rand(len(rows))})
-    module.write_coco(pathlib.Path(folder.name), items, found, module.load_data(cfg)["classes"])
+    module.write_coco(pathlib.Path(folder.name), items, found, data["classes"])
 
     def pycocotools(_):
         with contextlib.redirect_stdout(io.StringIO()):

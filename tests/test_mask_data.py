@@ -92,7 +92,7 @@ def test_odd_items_of_a_folder(folder, call, refuses):
     assert all(item["image"].dtype == torch.uint8 and len(item["image"]) == 3 for item in items.values())
     status, out, err = call("fasterrcnn_mask", f"--data {folder} {SMALL}")
     assert status == 0, err
-    for words in ("1 annotations or images are unreadable", "lost.xml", "extra.png", "1 annotations have boxes outside", "00.xml"):
+    for words in ("1 annotations or images are unreadable", "lost.xml", "extra.png", "1 annotations have boxes outside", "00.xml (2 dropped)"):
         assert words in out
     for i in (10, 11):
         path = folder / f"images/{i}.png"
@@ -169,7 +169,7 @@ def test_flips_happen():
         for _ in range(64):
             _, boxes, _ = augmented(image, [[4.0, 8, 14, 18]], strength)
             left[strength] += len(boxes) == 0 or float(boxes[0, 0]) < 32
-    assert left[0.01] >= 62 and 10 < left[1.0] < 54  # a strength of 1 % flips hardly ever
+    assert left[0.01] == 64 and 10 < left[1.0] < 54  # a strength of 1 % flips hardly ever
     _, boxes, labels = augmented(image, np.zeros((0, 4)), 1.0)  # an image without faces
     assert boxes.shape == (0, 4) and len(labels) == 0
 
@@ -239,6 +239,12 @@ def test_modes_on_a_voc_folder(trained, call, refuses, tmp_path):
     assert len(pictures) == 26 and all((tmp_path / "found" / picture["picture"]).exists() for picture in pictures)
     assert rows and {row["class"] for row in rows} <= {"mask", "none"} and all(len(row["box"]) == 4 for row in rows)
     assert all(0 <= x1 < x2 <= 60.001 and 0 <= y1 < y2 <= 60.001 for x1, y1, x2, y2 in (row["box"] for row in rows))
+    before = (trained / "images/00.png").read_bytes()  # the pictures never go over the images themselves
+    (trained / "images/00-boxes.png").write_bytes(before)
+    status, out, err = call("fasterrcnn_mask", f"detect {trained}/images/00.png {trained}/images/00-boxes.png --ckpt run/best.pt "
+                                               f"--save {trained}/images")
+    assert status == 0 and (trained / "images/00-boxes1.png").exists(), err
+    assert (trained / "images/00.png").read_bytes() == (trained / "images/00-boxes.png").read_bytes() == before
     refuses("fasterrcnn_mask", f"detect {trained}/images/broken.png --ckpt run/best.pt", "no readable image")
     refuses("fasterrcnn_mask", "detect nowhere.png --ckpt run/best.pt", "nowhere.png")
     refuses("fasterrcnn_mask", "detect --ckpt run/best.pt", "IMAGE")
@@ -253,7 +259,7 @@ def test_classes(trained, call, refuses):
     assert "made for (30, 20)" in call("fasterrcnn_mask", f"--data {trained} {SMALL} --out other")[1]
     path = voc(trained / "annotations/00.xml", [("helmet", 5, 5, 25, 30)])
     refuses("fasterrcnn_mask", "eval --ckpt run/best.pt", str(path), "helmet", "mask, none")
-    refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --out run --resume", "labels", "start anew")
+    refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --out run --resume", "helmet", "start anew")
     refuses("fasterrcnn_mask", f"--data {trained} {SMALL} --init run/best.pt --out no --backbone resnet50", "--backbone resnet50")
     status, out, err = call("fasterrcnn_mask", f"--data {trained} {SMALL} --init run/best.pt --out more")
     assert status == 0 and "not taken from run/best.pt" in out and "cls_score" in out, err  # heads of another size

@@ -199,21 +199,24 @@ def test_strides_do_not_come_from_the_first_image(backbone, weights, strides):
 
 
 def test_nothing_but_the_backbone_is_compiled(call, monkeypatch):
-    compiled, build = [], mask.build
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append(module))
-    monkeypatch.setattr(mask, "build", lambda *args, **how: compiled.append(build(*args, **how)) or compiled[0])
+    kept, build, compile = [], mask.build, torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile(module, backend="eager"))
+    monkeypatch.setattr(mask, "build", lambda *args, **how: kept.append(build(*args, **how)) or kept[0])
     monkeypatch.setattr(mask, "bench", lambda *parts: None)
     assert call("fasterrcnn_mask", "bench --data demo --device cpu --compile on --image_size 32")[0] == 0
-    assert compiled == [compiled[0], compiled[0].backbone]
+    built = kept[0]
+    assert built._compiled_call_impl is None and built.backbone._compiled_call_impl is not None
+    assert not any("_orig_mod" in key for key in built.state_dict())
 
 
 def test_drawn_boxes_lie_where_they_should():
     part = {"boxes": torch.tensor([[20.0, 30, 50, 60]]), "labels": torch.tensor([2])}
-    picture = np.asarray(mask.drawn(Image.new("RGB", (100, 80), "white"), part["boxes"], part, ["a", "b"], 800))
-    assert picture.shape == (640, 800, 3)
+    picture = np.asarray(mask.drawn(Image.new("RGB", (100, 80)), part["boxes"], part, ["a", "b"], 2000))
+    assert picture.shape == (1600, 2000, 3)
     colour = np.array([int(mask.COLOURS[1][i : i + 2], 16) for i in (1, 3, 5)])
     rows, columns = np.where((picture == colour).all(2))
-    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (160, 400, 240, 480)
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (400, 1000, 600, 1200)
+    assert (picture[600:700, 400:1000] == 255).all(2).any()  # the name, in white, inside the box
 
 
 def test_the_worse_of_two_boxes_over_each_other_is_not_shown():
