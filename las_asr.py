@@ -30,15 +30,14 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import statistics
 import sys
-import threading
 import time
 import unicodedata
 from dataclasses import dataclass
@@ -49,6 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 
 @dataclass
@@ -60,29 +60,28 @@ class Config:
     ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)
     init: str = ""  # checkpoint whose weights a new run starts from
     resume: bool = False  # continue the run in --out from its last.pt, if there is one
-    device: str = "auto"  # auto|cpu|cuda|mps: where to run
+    device: str = "auto"  # auto|cpu|cuda: where to run
     dtype: str = "auto"  # auto|float32|bfloat16: precision of training (autocast); metrics are always float32
     compile: str = "auto"  # auto|on|off: torch.compile; auto: on for CUDA under Linux
     seed: int = 0  # seed of the initial weights, the order of the data, and the noise
     batch_size: int = 6000  # frames per step, padding included, over all processes
     lr: float = 2e-3  # peak learning rate
     max_steps: int = 0  # end the training after this many steps; 0: after all epochs
-    max_minutes: float = 0.0  # save and stop after this many minutes; 0: no limit
     eval_every: int = 500  # steps between validations
     save_every: int = 500  # steps between saves of last.pt; each validation saves it, too
     log_every: int = 50  # steps between log lines
     # the task
     hidden: int = 256  # units of the listener, per direction
     stack: int = 2  # neighbouring frames joined before the first layer
-    layers: int = 1  # 0 to 6, pyramidal layers; each halves the number of frames
+    layers: int = 1  # pyramidal layers; each halves the number of frames
     speller: int = 256  # units of the speller
-    dropout: float = 0.3  # 0 to 0.99, dropout between the listener's layers and on the speller's input
-    ctc_weight: float = 0.3  # 0 to 1, weight of the CTC loss on the listener; 0: none in the search, either
-    teacher: float = 0.9  # 0 to 1, scheduled sampling: final share of true characters fed to the speller
-    specaugment: float = 1.0  # 0 to 3, strength of SpecAugment; 0: none
-    speed: float = 0.1  # 0 to 0.5, speed perturbation: recordings are up to this share slower or faster
+    dropout: float = 0.3  # dropout between the listener's layers and on the speller's input
+    ctc_weight: float = 0.3  # weight of the CTC loss on the listener; 0: none in the search, either
+    teacher: float = 0.9  # scheduled sampling: final share of true characters fed to the speller
+    specaugment: float = 1.0  # strength of SpecAugment; 0: none
+    speed: float = 0.1  # speed perturbation: recordings are up to this share slower or faster
     epochs: int = 40  # passes over the training set
-    warmup: int = 500  # 0 to 1000000, steps in which the learning rate rises
+    warmup: int = 500  # steps in which the learning rate rises
     beam_size: int = 4  # hypotheses kept in beam search
 
 
@@ -93,13 +92,9 @@ PRESETS = {
     "librispeech": {"epochs": 60, "lr": 1e-3, "hidden": 512, "stack": 1, "layers": 2, "speller": 512,
                     "batch_size": 96000, "warmup": 2000},
     "hw4p2": {"epochs": 72, "lr": 3e-3, "batch_size": 4000, "dropout": 0.4, "eval_every": 300}}
-MODES = {"train": ("", "train, then test (default)"),
-         "eval": ("", "test a checkpoint; the transcripts are written as TSV"),
-         "transcribe": ("FILE...", "print the text of each sound file"),
-         "bench": ("", "time the training step")}
+MODES = {"train": "", "eval": "", "transcribe": "FILE..."}  # and inputs
 UNIT = "frames"  # what a batch is counted in
 SHAPE = {"hidden", "stack", "layers", "speller"}  # fields that a checkpoint fixes
-CPU_BF16 = True  # measured: 1.4 times as fast as float32 on a CPU that multiplies bfloat16
 PAD, BOS, EOS = 0, 1, 2  # PAD is CTC's blank, too
 REACH = 16  # half the width of the location filter, in frames of the listener
 ALPHABET = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -690,19 +685,19 @@ def score(model, cfg, data, folder, device):
 @torch.no_grad()
 def draw(model, data, path, device):
     """A picture of the attention to one utterance: time against characters, below its features."""
-    if RANK or not (figure := new_figure(9, 6)):
-        return
     median = np.argsort(data.lengths)[len(data.lengths) // 2]
     x, lengths, targets = data.batch([median], device)
     _, attention, _ = model.eval()(x, lengths, targets)
     seconds, characters = x.shape[1] / 100, targets.shape[1]
+    figure = Figure((9, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3])
     above.imshow(x[0].T.cpu().numpy(), aspect="auto", origin="lower", extent=(0, seconds, 0, x.shape[2]))
     above.set_ylabel("feature")
     below.imshow(attention[0].cpu().numpy(), aspect="auto", cmap="Blues", extent=(0, seconds, characters, 0))
     below.set_yticks(np.arange(characters) + 0.5, [*data.texts[median].replace(" ", "_"), "end"], fontsize=7)
     below.set(xlabel="time (s)", ylabel="character")
-    figure.savefig(path, dpi=90)
+    if RANK == 0:
+        figure.savefig(path, dpi=90)
 
 
 def build(cfg, n_features, device):
@@ -756,8 +751,7 @@ def predict(mode, inputs, flags):
 # ---- runtime: identical in all five scripts ----
 SCRIPT = Path(__file__).stem
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-MAY_CHANGE = {"out", "save", "resume", "device", "compile", "max_steps", "max_minutes", "save_every",
-              "log_every"}  # when a run is resumed
+MAY_CHANGE = {"out", "save", "resume", "device", "compile", "max_steps", "save_every", "log_every"}
 
 
 class UserError(Exception):
@@ -766,27 +760,22 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Decorates main: prints errors that the user can fix as one line, and restores the signal handlers."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if in_main_thread else {}
+    """Decorates main: an error that the user can fix ends the program with one line."""
     try:
         yield
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:  # outside the training loop, where a signal waits for a save
-        print("interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Run.start replaces it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def say(text):
-    """Prints a line, on rank 0."""
+    """Prints a line on rank 0."""
     if RANK == 0:
         print(text, flush=True)
 
@@ -804,76 +793,53 @@ def seed_for(*key):
 
 
 def parse_args(argv):
-    """The command line as (mode, inputs, flags); flags holds only the options that were given. Each field of
-    Config is an option; its comment is the help, and may begin with choices (a|b|c) or a range (0 to 1)."""
-    def refuse(message):
-        raise UserError(f"{message}; see python {SCRIPT}.py --help")
-
-    examples = (__doc__ or "").split("\n\nMeasured")[0]
-    modes = "\n".join(f"  {mode + ' ' + usage:28}{text}" for mode, (usage, text) in MODES.items())
-    presets = "\n".join(" ".join([f"  --data {data}:", *(f"--{k} {v}" for k, v in preset.items())])
-                        for data, preset in PRESETS.items())
+    """The command line as (mode, inputs, flags); flags has only the options given. Each field of Config is an
+    option; its comment is the help, and may begin with choices: a|b|c."""
     parser = argparse.ArgumentParser(
-        usage=f"python {SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", allow_abbrev=False,
-        description=f"{examples}\n\nmodes:\n{modes}", epilog=f"defaults that depend on --data:\n{presets}",
+        usage=f"python {SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", description=__doc__,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30, 110),
-        argument_default=argparse.SUPPRESS)
-    parser.error = refuse
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", default=[], help=argparse.SUPPRESS)
-    group = parser.add_argument_group("flags of all five scripts [default]")
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
-    for name, comment in comments.items():
+    for name, comment in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M):
         default, choices = getattr(Config, name), re.match(r"\w+(\|\w+)+", comment)
-        options = {"type": type(default), "choices": choices[0].split("|") if choices else None,
-                   "metavar": type(default).__name__.upper()}
+        kind = {"type": type(default), "choices": choices[0].split("|") if choices else None}
         if default is False:
-            options = {"action": "store_true"}
-        text = f"{comment} [{default}]" if str(default) not in ("", "False") else comment
-        group.add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
-        if name == "log_every":  # the last flag that all scripts have
-            group = parser.add_argument_group(f"flags of {SCRIPT}.py [default]")
-    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
-             for word in (sys.argv[1:] if argv is None else argv)]  # --max-steps is --max_steps
-    flags = vars(parser.parse_intermixed_args(words))
+            kind = {"action": "store_true"}
+        names = sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
+        parser.add_argument(*names, help=f"{comment} [{default}]".removesuffix(" []"), **kind)
+    flags = vars(parser.parse_intermixed_args(argv))
     mode, *inputs = flags.pop("words") or ["train"]
     for name, value in flags.items():
-        low, high = int(type(value) is int and getattr(Config, name) > 0), 1e12  # of a count at least 1
-        if limits := re.match(r"([\d.]+) to ([\d.]+), ", comments[name]):
-            low, high = map(float, limits.groups())
-        if type(value) in (int, float) and not low <= value <= high:
-            refuse(f"--{name} {value}: must be {low:g} to {high:g}")
+        least = int(type(value) is int and getattr(Config, name) > 0)  # 1 for counts, else 0
+        if type(value) in (int, float) and not least <= value <= 1e12:
+            parser.error(f"--{name} {value}: must be {least} to 1e12")
     if mode not in MODES:
-        refuse(f"unknown mode {mode!r}, must be {', '.join(MODES)}")
-    usage = MODES[mode][0]  # "FILE", "[FILE]" if it may be missing, "" without inputs
+        parser.error(f"unknown mode {mode!r}, must be {', '.join(MODES)}")
+    usage = MODES[mode]  # "FILE", "[FILE]" if it may be missing, "" without inputs
     if bool(inputs) != bool(usage) and not usage.startswith("["):
-        refuse(f"{mode} takes {usage or 'no input'}, not {' '.join(inputs) or 'nothing'}")
+        parser.error(f"{mode} takes {usage or 'no input'}, not {' '.join(inputs) or 'nothing'}")
     return mode, inputs, flags
 
 
 def pick_device(cfg):
     """The device of this process. Replaces cfg.dtype "auto", too, and starts the group of a torchrun."""
-    mps = torch.backends.mps.is_available() and WORLD == 1
-    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if cfg.device not in ("auto", "cpu", best):
-        raise UserError(f"--device {cfg.device}: not available on this machine; use --device {best}")
-    device = torch.device(best if cfg.device == "auto" else cfg.device)
-    if device.type == "cuda":
+    cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    if cuda:
         local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= count:
-            raise UserError(f"more processes than the {count} GPUs here; use --nproc_per_node={count}")
+            raise UserError(f"--device cuda: process {local + 1} on this machine, which has {count} GPUs")
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # TF32
         chip, fast = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
     else:
         chip, info = f"threads: {torch.get_num_threads()}", Path("/proc/cpuinfo")
-        fast = CPU_BF16 and info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
+        fast = info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if fast else "float32"
-    reason = "bfloat16 is fast here" if fast else "bfloat16 is not fast here"
-    say(f"device: {device}; {chip}; processes: {WORLD}; dtype: {cfg.dtype} ({reason})")
+    say(f"device: {'cuda' if cuda else 'cpu'}; {chip}; processes: {WORLD}; dtype: {cfg.dtype}")
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def load_checkpoint(path):
@@ -884,42 +850,33 @@ def load_checkpoint(path):
             raise ValueError(f"it was written by {ckpt['script']}.py")
         return ckpt
     except Exception as e:  # a damaged file can raise nearly anything
-        problem = f"not a readable checkpoint of {SCRIPT}.py ({type(e).__name__}: {str(e)[:60]})"
-        raise UserError(f"{path}: {problem}; train first, or name another file") from None
+        raise UserError(f"{path}: no checkpoint of {SCRIPT}.py ({e!r:.99}); train first") from None
 
 
-def load_weights(model, state, path):
-    """For --init: copies the weights that fit the model, and names the others."""
+def load_weights(model, state):
+    """For --init: takes the weights in `state` that fit the model."""
     own = model.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    if not fitting:
-        raise UserError(f"{path}: none of its weights fits this model")
-    if others := sorted((own.keys() | state.keys()) - fitting.keys()):
-        say(f"note: not taken from {path}, missing or of another shape: {', '.join(others[:5])}")
+    say(f"init: {len(fitting)} of {len(own)} tensors are taken, the others do not fit or are missing")
     model.load_state_dict(fitting, strict=False)
 
 
 def merge_config(ckpt, flags, path, fixed):
     """The Config of a checkpoint, updated with flags. UserError if a flag in `fixed` differs from it."""
-    flags = {k: v for k, v in flags.items() if v != "auto" or k in MAY_CHANGE}
     for name in sorted(fixed & flags.keys()):
         if flags[name] != ckpt["config"].get(name):
             raise UserError(f"--{name} {flags[name]}: {path} has {ckpt['config'].get(name)}; start a new run")
-    known = Config.__dataclass_fields__  # another version of the script may have had other fields
-    return Config(**{k: v for k, v in ckpt["config"].items() if k in known} | flags)
+    return Config(**{k: v for k, v in ckpt["config"].items() if hasattr(Config, k)} | flags)
 
 
 def open_checkpoint(flags):
     """(cfg, ckpt, device, output folder) for the modes that use a trained model."""
-    newest = max(Path("out").glob(f"{SCRIPT}-*/best.pt"), key=os.path.getmtime, default="")
-    if not (flags.get("ckpt") or newest):
-        raise UserError(f"no best.pt in out/{SCRIPT}-*; train first, or pass --ckpt FILE")
-    path = Path(flags.get("ckpt") or newest)
+    trained = Path("out").glob(f"{SCRIPT}-*/best.pt")
+    path = Path(flags.get("ckpt") or max(trained, key=os.path.getmtime, default=f"out/{SCRIPT}-*/best.pt"))
     ckpt = load_checkpoint(path)
     if any(key.startswith("optimizer") for key in ckpt):
         raise UserError(f"{path}: this is a training state (last.pt); pass the best.pt beside it")
-    defaults = {"device": "auto", "dtype": "float32", "ckpt": str(path)}
-    cfg = merge_config(ckpt, defaults | flags, path, SHAPE)
+    cfg = merge_config(ckpt, {"device": "auto", "dtype": "float32", "ckpt": str(path)} | flags, path, SHAPE)
     say(f"checkpoint: {path}, step {ckpt['step']} on {ckpt['config']['data']}, best {ckpt['best']:.5g}")
     folder = Path(cfg.save or path.parent)
     folder.mkdir(parents=True, exist_ok=True)
@@ -929,65 +886,60 @@ def open_checkpoint(flags):
 class Run:
     """A training run: its Config and folder, the losses since the last log line, the request to stop."""
 
-    def __init__(self, flags, training):
+    def __init__(self, flags):
         name = flags.get("data", "auto")
         if name == "auto":
             name = next((n for n, inside in AUTO.items() if Path("data", n, inside).exists()), "demo")
         self.cfg, self.ckpt = Config(**PRESETS.get(name, {}) | flags | {"data": name}), {}
         self.folder = Path(self.cfg.out or f"out/{SCRIPT}-{Path(name).resolve().name}")
         last = self.folder / "last.pt"
-        if training and last.exists():
+        if last.exists():
             if not self.cfg.resume:
                 raise UserError(f"{self.folder}: holds a run; use --resume to continue it, or another --out")
             self.ckpt = load_checkpoint(last)
             self.cfg = merge_config(self.ckpt, flags, last, Config.__dataclass_fields__.keys() - MAY_CHANGE)
-        say(f"data: {self.cfg.data}" + (f" (generated; {REAL})" if self.cfg.data == "demo" else ""))
-        self.device, self.began, self.sums = pick_device(self.cfg), time.perf_counter(), 0.0
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
-        self.seconds = self.ckpt.get("seconds", 0.0)  # that earlier processes took
-        self.stop_requested = self.stop = False  # of this process; agreed on by all
-        if training:
-            say(f"run: {self.folder}, from step {self.step:,}")
+        self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # that earlier processes took
+        self.sums, self.stop_requested, self.stop = 0.0, False, False  # requested here; agreed on
+        self.device = pick_device(self.cfg)
+        hint = f" (generated; {REAL})" if self.cfg.data == "demo" else ""
+        say(f"data: {self.cfg.data}{hint}\nrun: {self.folder}, from step {self.step:,}")
 
     def start(self, total):
-        """Call before the loop over `total` steps: opens the log, starts the clock, makes signals wait for a
-        save."""
-        self.total, self.saved, self.last_log = total, self.step, (time.perf_counter(), self.step)
+        """Call before the loop over `total` steps: opens the log; makes signals wait for a save."""
+        self.total, self.last_log = total, (time.perf_counter(), self.step)
         if RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "log.jsonl").open("ab") as log:  # continues where the checkpoint was saved
                 log.truncate(min(log.tell(), self.ckpt.get("log_bytes", 0)))
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self.request_stop)
-            signal.signal(signal.SIGTERM, self.request_stop)
+        signal.signal(signal.SIGINT, self.request_stop)
+        signal.signal(signal.SIGTERM, self.request_stop)
 
     def request_stop(self, *_):
-        if self.saved == self.total:  # only the test is left
+        if self.step == self.total:  # only the test is left
             raise KeyboardInterrupt
         self.stop_requested = True
 
     def step_done(self, losses, count, lr):
-        """Call after each step. Returns (evaluate now, save now), the same on all ranks. `losses` is {name:
-        scalar on the device}, whose mean over ranks is the loss of the whole batch, and `count` its items.
-        Losses are read, and ranks agree whether to stop, only where a log line or a save is due."""
+        """Call after each step; returns (evaluate now, save now), alike on all ranks. `losses` is {name:
+        scalar on the device}, whose mean over ranks is the loss of a batch of `count` items. They are read,
+        and ranks agree to stop, only where a log line or a save is due."""
         self.step += 1
         self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
         log, check, save = (self.step == self.total or self.step % every == 0
                             for every in (self.cfg.log_every, self.cfg.eval_every, self.cfg.save_every))
-        if 0 < self.cfg.max_minutes <= (time.perf_counter() - self.began) / 60:
-            self.stop_requested = True
-        agree = self.stop_requested if WORLD == 1 else self.device.type == "cpu" and self.step % 10 == 0
-        if log or check or save or agree:
-            shares = torch.cat([self.sums, self.sums.new_tensor([self.stop_requested])])
-            *sums, requests = (all_sum(shares) / WORLD).tolist()
-            check_finite(self.step, dict(zip(losses, sums)))
-            self.stop = requests > 0 and self.step < self.total
-        if log or check or save or self.stop:
-            seconds, steps = time.perf_counter() - self.last_log[0], self.step - self.last_log[1]
-            means = {name: value / steps for name, value in zip(losses, sums)}
-            self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds)},
-                       f"eta {(self.total - self.step) * seconds / steps / 60:.1f} min")
-            self.sums, self.last_log = 0.0, (time.perf_counter(), self.step)
+        if not (log or check or save or (self.stop_requested and WORLD == 1)):
+            return False, False
+        shares = torch.cat([self.sums, self.sums.new_tensor([self.stop_requested])])
+        *sums, requests = (all_sum(shares) / WORLD).tolist()
+        if not all(map(math.isfinite, sums)):
+            raise UserError(f"step {self.step}: loss is not finite: {dict(zip(losses, sums))}; lower --lr")
+        seconds, steps = time.perf_counter() - self.last_log[0], self.step - self.last_log[1]
+        means = {name: value / steps for name, value in zip(losses, sums)}
+        self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds)},
+                   f"eta {(self.total - self.step) * seconds / steps / 60:.1f} min")
+        self.sums, self.last_log = 0.0, (time.perf_counter(), self.step)
+        self.stop = requests > 0 and self.step < self.total
         if self.stop:
             say(f"stopped at step {self.step}; to continue, repeat the command with --resume")
         return check, check or save or self.stop
@@ -1001,50 +953,28 @@ class Run:
 
     def save(self, name, **state):
         """Rank 0 writes a checkpoint, atomically; the others wait for it."""
-        check_finite(self.step, state["model"])  # a finite loss can have an infinite gradient
-        path, part = self.folder / name, self.folder / f"{name}.part"
+        if not all(value.isfinite().all() for value in state["model"].values()):
+            raise UserError(f"step {self.step}: a weight is not finite; lower --lr")
+        part = self.folder / f"{name}.part"
         if RANK == 0:
             state |= {"script": SCRIPT, "config": vars(self.cfg), "step": self.step, "best": self.best,
-                      "seconds": self.seconds + time.perf_counter() - self.began,
+                      "seconds": time.perf_counter() - self.began,
                       "log_bytes": (self.folder / "log.jsonl").stat().st_size}
-            try:
-                with part.open("wb") as file:
-                    torch.save(state, file)
-                    os.fsync(file.fileno())
-                os.replace(part, path)
-            except (OSError, RuntimeError) as e:
-                part.unlink(missing_ok=True)
-                raise UserError(f"{path}: cannot save ({e}); make room, then use --resume") from None
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            with part.open("wb") as file:  # a full disk or a kill leaves the old checkpoint whole
+                file.write(buffer.getbuffer())
+                os.fsync(file.fileno())
+            os.replace(part, self.folder / name)
         all_sum(torch.zeros(1, device=self.device)).item()
-        if name == "last.pt":
-            self.saved = self.step
         self.last_log = time.perf_counter(), self.step  # the time of the evaluation does not count
 
     def finish(self, figures):
-        """Logs the test figures, draws the log as curves.png, and prints the last line."""
+        """Logs the test figures, and prints the last line."""
         self.write("test", figures)
-        if RANK == 0 and (figure := new_figure(12, 9)):
-            lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            records = [json.loads(line) for line in lines[:-1]]  # without the test
-            names = dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, (int, float)))
-            names.pop("step", None)
-            for i, name in enumerate(names, 1):
-                axes = figure.add_subplot(math.ceil(len(names) / 3), 3, i, xlabel="step", ylabel=name)
-                for split in ("train", "val"):
-                    if rows := [r for r in records if r["split"] == split and name in r]:
-                        axes.plot([r["step"] for r in rows], [r[name] for r in rows], ".-", label=split)
-                axes.legend()
-            figure.savefig(self.folder / "curves.png", dpi=100)
-        minutes = (self.seconds + time.perf_counter() - self.began) / 60
+        minutes = (time.perf_counter() - self.began) / 60
         memory = f" | {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if self.device.type == "cuda" else ""
-        say(f"log and pictures: {self.folder}\nfinal test {show(figures)} | {minutes:.1f} min{memory}")
-
-
-def check_finite(step, values):
-    """UserError if one of {name: tensor or number} is not finite."""
-    for name, value in values.items():
-        if not torch.as_tensor(value).isfinite().all():
-            raise UserError(f"step {step}: {name} is not finite, and not saved; start anew with a lower --lr")
+        say(f"written: {self.folder}\nfinal test {show(figures)} | {minutes:.1f} min{memory}")
 
 
 def show(figures, between=", ", digits=5, width=0):
@@ -1052,34 +982,6 @@ def show(figures, between=", ", digits=5, width=0):
     texts = {name: f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
              for name, value in figures.items() if isinstance(value, (int, float))}
     return between.join(f"{name} {text:{width}}" for name, text in texts.items())
-
-
-def new_figure(*size):
-    """A matplotlib Figure; without matplotlib None, and a line that says so."""
-    try:
-        from matplotlib.figure import Figure
-        return Figure(size, layout="constrained")
-    except ImportError:
-        say("note: a picture is left out, since matplotlib is not installed")
-
-
-def bench(run, fetch, update, count):
-    """Prints one JSON line: the median time of a training step, and the share of it spent in fetch(step). The
-    rest is update(step, batch); `count` is the number of items in a batch."""
-    wait, times = getattr(torch, run.device.type).synchronize, []
-    for step in range(1, 31):  # the first may compile, nine more warm up
-        start = time.perf_counter()
-        batch = fetch(step)
-        wait()
-        fetched = time.perf_counter()
-        update(step, batch)
-        wait()
-        times.append((time.perf_counter() - start, fetched - start))
-    seconds, data = (statistics.median(column) for column in zip(*times[10:]))
-    say(json.dumps({"script": SCRIPT, "data": run.cfg.data, "device": str(run.device), "processes": WORLD,
-                    "dtype": run.cfg.dtype, "compile": run.cfg.compile,
-                    "ms_per_step": round(1e3 * seconds, 3), f"{UNIT}/s": round(count / seconds, 1),
-                    "data_share": round(data / seconds, 4), "first_step_seconds": round(times[0][0], 1)}))
 # ---- end of runtime ----
 
 
@@ -1087,9 +989,9 @@ def bench(run, fetch, update, count):
 @one_line_errors()
 def main(argv=None):
     mode, inputs, flags = parse_args(argv)
-    if mode not in ("train", "bench"):
+    if mode != "train":
         return predict(mode, inputs, flags)
-    run = Run(flags, training=mode == "train")
+    run = Run(flags)
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
 
     data = load_data(cfg)
@@ -1108,13 +1010,12 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     raw = build(cfg, n_features, device)
     if cfg.init and not ckpt:
-        load_weights(raw, load_checkpoint(cfg.init)["model"], cfg.init)
+        load_weights(raw, load_checkpoint(cfg.init)["model"])
     optimizer = torch.optim.AdamW(raw.parameters(), cfg.lr, weight_decay=1e-4, fused=True)
     if ckpt:
         raw.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
-    on_cuda = device.type == "cuda" and sys.platform == "linux"
-    if cfg.compile == "on" or (cfg.compile == "auto" and on_cuda):
+    if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux"):
         raw.step = torch.compile(raw.step, dynamic=True)  # the loop over it has another length in each batch
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
 
@@ -1164,9 +1065,6 @@ def main(argv=None):
         nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
         optimizer.step()
         return {"loss": loss, "spelling": spelling, "ctc": ctc}
-
-    if mode == "bench":
-        return bench(run, lambda step: fetch(len(cuts) + step), update, count)  # not of the first epoch
 
     run.start(total)
     for step in range(run.step + 1, total + 1):

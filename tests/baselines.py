@@ -19,19 +19,24 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def captured(name, flags):
-    """The script itself up to its training loop: what its `main` hands to `bench`."""
-    module, box = importlib.import_module(name), {}
-    build = module.build
+class Captured(Exception):
+    pass
 
-    def remember(*args, **how):
-        box["raw"] = build(*args, **how)
-        return box["raw"]
-    module.build = remember
-    module.bench = lambda run, fetch, update, count: box.update(run=run, fetch=fetch, update=update, count=count)
-    module.main(["bench", *flags])
-    module.build = build
-    return module, box
+
+def captured(name, flags):
+    """The script itself up to its training loop: (module, what `main` has in its variables there)."""
+    module, box = importlib.import_module(name), {}
+
+    def start(run, total):
+        box.update(sys._getframe(1).f_locals)
+        raise Captured
+    plain, module.Run.start = module.Run.start, start
+    try:
+        module.main(flags)
+    except Captured:
+        return module, box
+    finally:
+        module.Run.start = plain
 
 
 def alternate(sides, rounds, steps, device):

@@ -38,8 +38,8 @@ TABLE = {
         "tiny": "--image_size 32 --batch_size 2 --warmup 10",
         "noise_off": "--augment 0",
         "ranks_equal_one": False,  # each process draws the anchors and boxes that it learns from
-        "predict": "detect out/fasterrcnn_mask-demo/curves.png --save pictures",
-        "predicted": "pictures/curves-boxes.png",
+        "predict": "detect out/fasterrcnn_mask-demo/examples.png --save pictures",
+        "predicted": "pictures/examples-boxes.png",
         "shape_flag": "--backbone resnet50",
     },
     "transformer_mt": {
@@ -127,7 +127,7 @@ def refuses(call):
     """Asserts that a call ends with status 2 and one `error:` line that holds all the given words; returns the line."""
     def check(name, arguments, *words):
         status, _, err = call(name, arguments)
-        lines = [line for line in err.splitlines() if line.startswith("error:")]
+        lines = [line for line in err.splitlines() if line.startswith("error:") or ": error:" in line]  # argparse's
         assert status == 2 and len(lines) == 1 and "Traceback" not in err, err
         for word in words:
             assert word in lines[0], f"{word!r} is not in {lines[0]!r}"

@@ -3,12 +3,10 @@ import ast
 import difflib
 import importlib
 import inspect
-import json
 import re
 import shutil
 import signal
 import sys
-import threading
 
 import pytest
 import torch
@@ -62,12 +60,11 @@ def test_help_describes_every_field(name, call):
     flat = " ".join(out.split())
     for field, text in comments.items():
         assert f"--{field}" in flat and " ".join(text.split()) in flat, field
-    for mode, (usage, text) in module.MODES.items():
-        assert re.search(rf"^  {re.escape(f'{mode} {usage}'.strip())} +{re.escape(text)}$", out, re.M), mode
-    examples, common, own = out.partition("modes:")[0], out.index("flags of all five scripts"), out.index(f"flags of {name}.py")
-    assert out.startswith("usage: ") and examples.count(f"    python {name}.py ") >= 2
-    assert common < out.index("--log_every") < own < out.index("--epochs") and f"[{fields['lr'].default}]" in flat
-    assert f"--data demo: --{next(iter(module.PRESETS['demo']))} " in flat
+    assert out.startswith("usage: ") and out.count(f"    python {name}.py ") >= 2 and f"[{fields['lr'].default}]" in flat
+    for mode in set(module.MODES) - {"train"}:
+        assert re.search(rf"^    python {name}\.py {mode}\b", out, re.M), mode
+    assert out.rindex("--log_every") < out.rindex("--epochs"), "the flags of all scripts come first"
+
 
 
 ALONE = """
@@ -100,27 +97,17 @@ def test_a_copy_of_the_file_works_alone_and_without_posix(name, tmp_path):
     assert len(last) == 2 and all(re.fullmatch(form, line) for line in last), last
     run = folder / "out" / f"{name}-demo"
     assert [r["step"] for r in log_of(run) if r["split"] == "train"] == [2, 4, 6]
-    assert (run / "curves.png").stat().st_size > 1000 and (folder / TABLE[name]["predicted"]).exists()
+    assert (folder / TABLE[name]["predicted"]).exists()
 
 
 @each_script
-def test_main_runs_in_a_thread_and_leaves_the_process_as_it_was(name, call):
-    """As from a notebook or another program: signal handlers are those of before, in a thread they are never touched."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    small = flags(name, "--max_steps 1 --out run")
-    assert call(name, small)[0] == 0
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    failed = []
-
-    def in_thread():
-        try:
-            sys.modules[name].main([*small, "--resume", "--max_steps", "2"])
-        except BaseException as e:
-            failed.append(e)
-    thread = threading.Thread(target=in_thread)
-    thread.start()
-    thread.join()
-    assert not failed and [(r["step"], r["split"]) for r in log_of("run")] == [
+def test_main_leaves_the_process_as_it_was(name, call):
+    """As in a notebook: Ctrl-C works as before."""
+    assert call(name, flags(name, "--max_steps 1 --out run"))[0] == 0
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert call(name, flags(name, "--max_steps 2 --out run --resume"))[0] == 0
+    assert [(r["step"], r["split"]) for r in log_of("run")] == [
         (1, "train"), (1, "val"), (2, "train"), (2, "val"), (2, "test")]
 
 
@@ -137,12 +124,12 @@ def test_bad_input_is_one_line(name, tmp_path, refuses, call):
     refuses(name, f"--seed {2**63}", "--seed")
     refuses(name, "--device tpu", "tpu")
     refuses(name, "dance", "dance", "train")
-    refuses(name, "bench extra", "extra")
+    refuses(name, "eval extra", "extra")
     refuses(name, "--data no/such/place", "no/such/place")
     assert not (tmp_path / "out").exists()
     refuses(name, "eval", "best.pt", "train first")
     refuses(name, ["eval", "--ckpt", ""], "best.pt", "train first")
-    refuses(name, "eval --ckpt file", "file", "not a readable checkpoint")
+    refuses(name, "eval --ckpt file", "file", f"no checkpoint of {name}.py")
     refuses(name, "eval --ckpt other.pt", "other.pt", "other.py")
     refuses(name, f"{small} --init other.pt", "other.pt")
     refuses(name, f"{small} --out file/run", "file")
@@ -153,14 +140,14 @@ def test_bad_input_is_one_line(name, tmp_path, refuses, call):
     refuses(name, f"{small} --out run --resume --lr 0.5", "--lr", "start a new run")
     with (tmp_path / "run" / "log.jsonl").open("a") as f:
         f.write('{"step": 1, "spl')  # cut short by a full disk
-    assert call(name, f"{small} --out run --resume --data auto --dtype auto")[0] == 0
+    assert call(name, f"{small} --out run --resume")[0] == 0
     assert "spl" not in (tmp_path / "run" / "log.jsonl").read_text().replace("split", "")
     refuses(name, "eval --ckpt run/last.pt --device cpu", "last.pt", "best.pt")
-    assert call(name, "eval --ckpt run/best.pt --device cpu --data auto")[0] == 0
+    assert call(name, "eval --ckpt run/best.pt --device cpu")[0] == 0
     refuses(name, f"eval --ckpt run/best.pt {TABLE[name]['shape_flag']}", TABLE[name]["shape_flag"].split()[0])
     data = (tmp_path / "run" / "last.pt").read_bytes()
     (tmp_path / "run" / "last.pt").write_bytes(data[: len(data) // 2])
-    refuses(name, f"{small} --out run --resume", "last.pt", "not a readable checkpoint")
+    refuses(name, f"{small} --out run --resume", "last.pt", f"no checkpoint of {name}.py")
 
 
 def test_cuda_out_of_memory_is_one_line(refuses, monkeypatch):
@@ -201,7 +188,7 @@ def test_init_starts_from_the_weights_given(name, tmp_path, call):
     assert all(torch.equal(first[k], second[k]) for k in first)
     if "init_flag" in TABLE[name]:  # heads of another size are replaced
         status, out, _ = call(name, f"{small} --max_steps 1 --out third --init first/best.pt {TABLE[name]['init_flag']}")
-        assert status == 0 and "not taken from" in out
+        assert status == 0 and (taken := re.search(r"init: (\d+) of (\d+) tensors", out)) and taken[1] != taken[2]
 
 
 @each_script
@@ -214,17 +201,16 @@ def test_a_short_run_reaches_its_learning_rate(name, schedule):
 
 
 @each_script
-def test_bench_prints_one_json_line(name, tmp_path, call, monkeypatch):
+def test_the_training_step_can_be_compiled(name, tmp_path, call, monkeypatch):
     """Compiled in earnest for the first script alone: it takes half a minute, and says nothing of the task."""
-    small, compiled, plain = " ".join(flags(name)), [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append(module) or plain(module, **how))
-    if name == SCRIPTS[0] and shutil.which("g++"):
-        small = small.replace("--compile off", "--compile on")
-    status, out, _ = call(name, f"bench {small}")
-    figures = json.loads(out.splitlines()[-1])
-    unit = sys.modules[name].UNIT
-    assert status == 0 and figures[f"{unit}/s"] > 0 and figures["ms_per_step"] > 0 and 0 <= figures["data_share"] <= 1
-    assert len(compiled) == ("--compile on" in small) and not list(tmp_path.glob("out/*"))
+    compiled, plain = [], torch.nn.Module.compile
+    real = name == SCRIPTS[0] and shutil.which("g++")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append(module) or real and plain(module, **how))
+    if name == "las_asr":  # which compiles one method
+        monkeypatch.setattr(torch, "compile", lambda step, **how: compiled.append(step) or step)
+    small = " ".join(flags(name, "--max_steps 2 --log_every 1 --out run")).replace("--compile off", "--compile on")
+    assert call(name, small)[0] == 0 and len(compiled) == 1
+    assert not any("_orig_mod" in key for key in weights_of(tmp_path / "run" / "last.pt"))
 
 
 @each_script
