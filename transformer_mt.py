@@ -348,26 +348,15 @@ def demo_pairs(count):
     return [list(side) for side in zip(*pairs.items())]
 
 
-def decode_lines(raw, name):
-    """Bytes -> the lines of text, stripped."""
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = raw[: e.start].count(b"\n") + 1
-        raise UserError(f"{name}, line {line}: not UTF-8 ({e.reason}); convert it") from None
-    return [line.strip() for line in text.removesuffix("\n").split("\n")] if raw else []
-
-
 def read_pair(*paths):
     """The lines of two text files (.gz or not), as two lists of the same length."""
     sides = []
     for path in map(Path, paths):
         try:
-            raw = path.read_bytes()
-            raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        except (OSError, EOFError, zlib.error) as e:
-            raise UserError(f"{path}: missing or truncated ({e}); see data/README.md") from None
-        sides.append(decode_lines(raw, path))
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+                sides.append([line.strip() for line in file])
+        except (OSError, EOFError, ValueError, zlib.error) as e:
+            raise UserError(f"{path}: missing, truncated, or not UTF-8 ({e}); see data/README.md") from None
         if not any(sides[-1]):
             raise UserError(f"{path}: is empty; it takes one sentence a line")
     source, target = map(len, sides)
@@ -575,6 +564,8 @@ def draw(model, sp, cfg, sentence, folder, device):
 
 
 def build(cfg, sp, device):
+    if not 3 <= cfg.max_len <= 1024:
+        raise UserError(f"--max_len {cfg.max_len}: must be 3 to 1024")
     return Transformer(sp.vocab_size(), *SIZES[cfg.size], cfg.dropout).to(device)
 
 
@@ -591,19 +582,15 @@ def predict(mode, inputs, flags):
             say(f"{show(figures, digits=6)}\nwritten: {folder}/*.hyp.txt")
             say(f"BLEU as sacrebleu's: nrefs:1|{form}|eff:no|smooth:exp")
             return
-        given = [sys.stdin.buffer.read() if RANK == 0 and not inputs else b""]
-        if WORLD > 1:  # all share one standard input
-            dist.broadcast_object_list(given)
-        texts = [text.encode("utf-8", "surrogateescape") for text in inputs]
-        lines = [" ".join(decode_lines(text, "the text given")) for text in texts]
-        lines = lines or decode_lines(given[0], "the standard input")
+        lines = [" ".join(text.split()) for text in inputs]
+        if not inputs:
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+            lines = [line.strip() for line in sys.stdin]
         if ckpt["config"]["data"].endswith("-tok"):
             say("note: this model was trained on lower-cased, tokenised text; the input is only lower-cased")
             lines = [line.lower() for line in lines]
         ids = encode_text(sp, filter(None, lines), cfg.max_len)
         translations = iter(translate(model, sp, ids, cfg, device, cfg.beam_size) if ids else ())
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout lacks it
-        sys.stdout.reconfigure(encoding="utf-8")  # whatever the system's encoding is
     for line in lines:
         say(next(translations) if line else "")
 
@@ -849,12 +836,9 @@ def show(figures, between=", ", digits=5, width=0):
 @one_line_errors()
 def main(argv=None):
     mode, inputs, flags = parse_args(argv)
-    own = [name for name in ("train_src", "train_tgt") if flags.get(name)]
-    if len(own) == 1:
+    if bool(flags.get("train_src")) != bool(flags.get("train_tgt")):
         raise UserError("--train_src and --train_tgt go together: a text and its translation")
-    if own and flags.get("data", "auto") not in ("auto", "own"):
-        raise UserError(f"--data {flags['data']}: --train_src and --train_tgt are another data set")
-    if own:
+    if flags.get("train_src"):
         flags["data"] = "own"
     if mode != "train":
         return predict(mode, inputs, flags)
@@ -888,7 +872,7 @@ def main(argv=None):
     model = nn.parallel.DistributedDataParallel(raw, broadcast_buffers=False) if WORLD > 1 else raw
 
     def fetch(step):
-        """This rank's share of the batch of a step, which counts from 1: ids (B, S), (B, T), and the number
+        """This rank's share of the batch of a step, which counts from 1: ids (B, S), (B, T); and the number
         of target tokens in the whole batch."""
         epoch, place = divmod(step - 1, len(batches))
         order = np.random.default_rng(seed_for(cfg.seed, epoch)).permutation(len(batches))
@@ -897,7 +881,7 @@ def main(argv=None):
         return src[RANK::WORLD], tgt[RANK::WORLD], tokens
 
     def update(step, batch):
-        """One optimizer step; -> the parts of the loss."""
+        """One optimizer step; returns the parts of the loss."""
         src, tgt, tokens = batch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step, schedule)
@@ -907,7 +891,7 @@ def main(argv=None):
             logits = model(src, F.pad(tgt, (1, -1), value=BOS))  # shifted right
         losses = loss_sums(logits, tgt, cfg.label_smoothing, cfg.rdrop)
         losses = {name: total * WORLD / tokens for name, total in losses.items()}
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
         with torch.no_grad():
@@ -933,7 +917,8 @@ def main(argv=None):
 
     average.load_state_dict(load_checkpoint(run.folder / "best.pt")["model"])
     figures = score(average, sp, cfg, data, run.folder, device)
-    draw(average, sp, cfg, data[list(data)[2]][0][0], run.folder, device)  # the first test sentence
+    if RANK == 0:
+        draw(average, sp, cfg, data[list(data)[2]][0][0], run.folder, device)  # the first test sentence
     run.finish(figures)
 
 
