@@ -74,6 +74,7 @@ class Config:
     log_every: int = 100  # steps between log lines
     # the task
     epochs: int = 10  # passes over the training set
+    warmup: int = 500  # steps in which the learning rate rises
     likelihood: str = "bernoulli"  # bernoulli|gaussian: binarised pixels, or grey with squared error
     latent_dim: int = 2  # dimensions of z
     width: int = 32  # channels of the first convolution; the next two have twice and four times as many
@@ -328,6 +329,8 @@ def tsne(x, perplexity=30.0, steps=500):
 
 # EVALUATE, PREDICT ------------------------------------------------------------------------------------------
 def build(cfg, device):
+    if cfg.latent_dim < 2:
+        raise UserError(f"--latent_dim {cfg.latent_dim}: must be at least 2, for the picture of the codes")
     channels = cfg.width, 2 * cfg.width, 4 * cfg.width
     return VAE(cfg.latent_dim, channels, cfg.image_size, cfg.hidden).to(device)
 
@@ -449,8 +452,6 @@ def predict(mode, inputs, flags):
         z = torch.lerp(means[start], means[end], torch.linspace(0, 1, 10)[:, None])
         save_grid(generate(model, z, device), path, 10)
     else:
-        if len(inputs) > 1:
-            raise UserError(f"encode takes one folder, not {' '.join(inputs)}")
         images, paths = read_images(inputs[0], cfg.image_size)
         np.save(path, codes(model, images, device).numpy())
         text = "".join(f"{p}\n" for p in paths)
@@ -730,14 +731,14 @@ def main(argv=None):
         return torch.randperm(len(images), generator=generator).to(device)
 
     def fetch(step):
-        """This rank's share (B, 1, S, S) of the batch of a step, which counts from 1."""
-        epoch, i = divmod(step - 1, per_epoch)
+        """This rank's share of the batch of a step, which counts from 1: pixels (B, 1, S, S)."""
+        epoch, place = divmod(step - 1, per_epoch)
         torch.manual_seed(seed_for(cfg.seed, step, RANK))
-        mine = order(epoch)[i * count : (i + 1) * count][RANK::WORLD]
-        return target_pixels(images[mine], cfg.likelihood)
+        chosen = order(epoch)[place * count : (place + 1) * count][RANK::WORLD]
+        return target_pixels(images[chosen], cfg.likelihood)
 
     def update(step, x):
-        """One step of the optimizer; returns the parts of the loss, per image."""
+        """One optimizer step; returns the parts of the loss."""
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step, schedule)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
@@ -745,7 +746,7 @@ def main(argv=None):
         share = WORLD / count  # makes the mean over processes, which DDP takes, that over images
         reconstruction = -log_likelihood(logits, x, cfg.likelihood).sum() * share
         kl = kl_divergence(mu, logvar).sum() * share
-        warmed_up = min(1, step / (cfg.kl_warmup * schedule))
+        warmed_up = min(1, step / max(1, cfg.kl_warmup * schedule))
         loss = reconstruction + cfg.kl_weight * warmed_up * kl  # eq. 10
         optimizer.zero_grad()
         loss.backward()
@@ -777,8 +778,9 @@ def main(argv=None):
 
 
 def learning_rate(cfg, step, schedule):
-    """Linear warm-up of 500 steps, or a third of a short schedule, then half a cosine down to zero."""
-    return cfg.lr * min(step / min(500, schedule / 3), 0.5 + 0.5 * math.cos(math.pi * step / schedule))
+    """Linear warm-up, in a third of a short schedule at most, then half a cosine down to zero."""
+    warmup = max(1, min(cfg.warmup, schedule // 3))
+    return cfg.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / schedule))
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def test_unreadable_images(pictures, call, refuses):
 def test_bad_input(tmp_path, refuses, call):
     (tmp_path / "empty").mkdir()
     refuses("vae", "--data empty", "empty", "0 readable images")
-    refuses("vae", "--latent_dim 0", "--latent_dim 0")
+    refuses("vae", "--data demo --latent_dim 1", "--latent_dim 1")
     refuses("vae", "--likelihood poisson", "poisson", "bernoulli")
     refuses("vae", "--data demo --image_size 16", "--image_size", "16")
     assert call("vae", f"--data demo {TINY}")[0] == 0
