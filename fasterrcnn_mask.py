@@ -10,10 +10,8 @@
     python fasterrcnn_mask.py eval                        # test the newest out/fasterrcnn_mask-*/best.pt
     python fasterrcnn_mask.py detect photo.jpg folder --save found
 
-COCO weights are downloaded by torchvision. --weights none has its own defaults: a resnet18, images of 400
-pixels, batches of 2, a learning rate of 4e-4, 30 epochs, a validation every 500 steps.
-
-Measured on one thread of a CPU (AMD EPYC), other work beside it, from scratch; one run each, seed 0:
+--weights none has its own defaults: a resnet18, images of 400 pixels, batches of 2, a learning rate of 4e-4,
+30 epochs. Measured on one thread of a CPU (AMD EPYC), other work beside it, from scratch; one run, seed 0:
 
     --data demo                                  0.944 mAP50, 0.756 mAP on unseen scenes; 1.9 minutes
     --data face-mask-detection --weights none    0.393 mAP50, 0.231 mAP on 114 test images; 87 minutes
@@ -21,9 +19,8 @@ Measured on one thread of a CPU (AMD EPYC), other work beside it, from scratch; 
 Fine-tuning from COCO weights has not been measured.
 
 Paper: Ren et al., "Faster R-CNN", 2015, arXiv 1506.01497, on a feature pyramid: Lin et al., 2017, arXiv
-1612.03144. From scratch, with group normalisation: He et al., "Rethinking ImageNet Pre-training", 2018, arXiv
-1811.08883. Score: Lin et al., "Microsoft COCO", 2014, arXiv 1405.0312. Data: Kaggle,
-andrewmvd/face-mask-detection (CC0), unpacked into data/face-mask-detection (images/ and annotations/).
+1612.03144. From scratch, with group normalisation: He et al., 2018, arXiv 1811.08883. Score: Lin et al.,
+"Microsoft COCO", 2014, arXiv 1405.0312. Data: Kaggle, andrewmvd/face-mask-detection (CC0).
 """
 # /// script
 # requires-python = ">=3.10"
@@ -52,20 +49,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from matplotlib import get_data_path
 from matplotlib.figure import Figure
-from torchvision.models import detection, mobilenet_v3_large, resnet18, resnet50
+from PIL import Image, ImageDraw, ImageOps
+from torchvision import ops, tv_tensors, utils
+from torchvision.datasets.folder import is_image_file
+from torchvision.models import detection, get_model
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
-from torchvision.ops import MultiScaleRoIAlign, box_convert, nms
 from torchvision.transforms import v2
-from torchvision.tv_tensors import BoundingBoxes
-from torchvision.utils import draw_bounding_boxes
 
 
 @dataclass
 class Config:
-    # the same in all five scripts
+    # the same in all five scripts; a comment is the help of its flag, and may begin with choices: a|b|c
     data: str = "auto"  # demo, face-mask-detection or a VOC folder; auto: one in data/, or demo
     out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
     save: str = ""  # folder for predictions (default: the folder of the checkpoint)
@@ -83,37 +81,26 @@ class Config:
     save_every: int = 200  # steps between saves of last.pt; each validation saves it, too
     log_every: int = 20  # steps between log lines
     # the task
-    backbone: str = "resnet50_v2"  # mobilenet|resnet18|resnet50|resnet50_v2: network of the detector
-    weights: str = "coco"  # coco|none: COCO weights (mobilenet, resnet50_v2), or none (all but resnet50_v2)
+    backbone: str = "resnet50_v2"  # resnet18|resnet50|resnet50_v2: network; only resnet50_v2 has COCO weights
+    weights: str = "coco"  # coco|none: fine-tune COCO weights, or train from scratch
     image_size: int = 800  # longer side in pixels to which images are resized
     epochs: int = 20  # passes over the training set
     warmup: int = 200  # steps in which the learning rate rises
     augment: float = 1.0  # strength of the augmentation (flip, scale, colour); 0: none
     split: int = 0  # seed of the division into training, validation and test set
-    threshold: float = 0.0  # score from which a box is drawn; 0: the best one on the validation set
+    threshold: float = 0.5  # score from which a box is drawn
 
 
 PRESETS = {"demo": {"weights": "none", "image_size": 128, "epochs": 2, "warmup": 50, "augment": 0.3,
                     "eval_every": 280}}
 SCRATCH = {"backbone": "resnet18", "image_size": 400, "batch_size": 2, "lr": 4e-4, "epochs": 30,
            "eval_every": 500}  # defaults with --weights none
-MODES = {"train": "", "eval": "", "detect": "IMAGE_OR_FOLDER..."}  # and inputs
+MODES = {"train": "", "eval": "", "detect": "IMAGE_OR_FOLDER..."}  # mode: its inputs
 UNIT = "images"  # what a batch is counted in
-SHAPE = {"backbone", "weights", "split"}  # what a checkpoint alone decides
+SHAPE = {"backbone", "weights", "split"}  # fields that a checkpoint fixes
 
 
 # MODEL ------------------------------------------------------------------------------------------------------
-PRETRAINED = {  # torchvision's detector, its COCO weights, and how many modules of its backbone stay frozen
-    "mobilenet": (detection.fasterrcnn_mobilenet_v3_large_fpn,
-                  detection.FasterRCNN_MobileNet_V3_Large_FPN_Weights.DEFAULT, 7),
-    "resnet50_v2": (detection.fasterrcnn_resnet50_fpn_v2,
-                    detection.FasterRCNN_ResNet50_FPN_V2_Weights.DEFAULT, 5)}
-BACKBONES = {  # to train from scratch: torchvision's network, and its layers of stride 8, 16 and 32: channels
-    "mobilenet": (lambda **norm: mobilenet_v3_large(**norm).features, {"6": 40, "12": 112, "16": 960}),
-    "resnet18": (resnet18, {"layer2": 128, "layer3": 256, "layer4": 512}),
-    "resnet50": (resnet50, {"layer2": 512, "layer3": 1024, "layer4": 2048})}
-
-
 class Backbone(BackboneWithFPN):
     """torchvision's feature pyramid. Only it trains in bfloat16: boxes in bfloat16 would be pixels off."""
 
@@ -126,74 +113,51 @@ class Backbone(BackboneWithFPN):
         return {level: features.float() for level, features in maps.items()}
 
 
-def group_norm(channels):
-    return nn.GroupNorm(math.gcd(32, channels), channels)
-
-
 def scratch_detector(num_classes, backbone, options):
     """A detector for training from scratch: group norm, since a step has too few images for batch norm; small
     anchors, for small faces; a smaller pyramid and head than torchvision's, and fewer boxes to learn from."""
-    network, channels = BACKBONES[backbone]
-    body = Backbone(network(norm_layer=group_norm), {name: str(i) for i, name in enumerate(channels)},
-                    list(channels.values()), out_channels=128, norm_layer=group_norm)
+    norm = functools.partial(nn.GroupNorm, 32)
+    network = get_model(backbone, norm_layer=norm)
+    channels = [network.inplanes // 4, network.inplanes // 2, network.inplanes]  # at strides 8, 16 and 32
+    layers = {"layer2": "0", "layer3": "1", "layer4": "2"}
     anchors = AnchorGenerator(((10, 16, 25), (40, 63, 100), (150, 185, 220), (270, 320, 380)), ((1.2,),) * 4)
     return FasterRCNN(
-        body, rpn_anchor_generator=anchors, rpn_batch_size_per_image=64, rpn_pre_nms_top_n_train=500,
-        rpn_post_nms_top_n_train=250, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_test=300,
-        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 7, sampling_ratio=1), box_batch_size_per_image=64,
+        Backbone(network, layers, channels, out_channels=128, norm_layer=norm), rpn_anchor_generator=anchors,
+        rpn_batch_size_per_image=64, rpn_pre_nms_top_n_train=500, rpn_post_nms_top_n_train=250,
+        rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_test=300, box_batch_size_per_image=64,
+        box_roi_pool=ops.MultiScaleRoIAlign(["0", "1", "2"], 7, sampling_ratio=1),
         box_head=TwoMLPHead(128 * 7 * 7, 256), box_predictor=FastRCNNPredictor(256, num_classes), **options)
 
 
-def untrained(num_classes, backbone, weights, image_size):
-    """A detector with random weights, laid out for COCO weights or for training from scratch."""
-    known = BACKBONES if weights == "none" else PRETRAINED
-    if backbone not in known:
-        raise UserError(f"--backbone {backbone}: with --weights {weights} it must be {' or '.join(known)}")
-    options = {"min_size": image_size, "max_size": image_size, "_skip_resize": True, "box_score_thresh": 0.01,
-               "rpn_score_thresh": 0.0}  # mobilenet's own is 0.05, which may leave nothing to learn from
+def build_model(num_classes, backbone="resnet50_v2", weights="coco", image_size=800, trained=False):
+    """A Faster R-CNN for `num_classes`, the background included. Called as torchvision's detectors are, with
+    a list of images (3, H, W) in [0, 1], whose longer side is `image_size`, and in training their targets.
+
+    weights: "coco", for backbone "resnet50_v2", or "none", for "resnet18" and "resnet50". With `trained`
+    nothing is downloaded: a checkpoint's weights follow. Raises UserError for another pair, and if the COCO
+    weights are neither cached nor can be downloaded."""
+    if (weights == "coco") != (backbone == "resnet50_v2"):
+        raise UserError(f"--backbone {backbone} --weights {weights}: COCO weights are for resnet50_v2, and "
+                        "--weights none is for resnet18 or resnet50")
+    options = {"min_size": image_size, "max_size": image_size, "_skip_resize": True, "box_score_thresh": 0.01}
     if weights == "none":
         model = scratch_detector(num_classes, backbone, options)
     else:
-        builder, _, fixed = PRETRAINED[backbone]
-        model = builder(weights=None, weights_backbone=None, num_classes=num_classes, **options)
+        known = detection.FasterRCNN_ResNet50_FPN_V2_Weights.DEFAULT
+        try:
+            model = detection.fasterrcnn_resnet50_fpn_v2(
+                weights=None if trained else known, weights_backbone=None, progress=RANK == 0, **options)
+        except Exception as e:  # no network, or a file that holds anything else
+            raise UserError(f"--weights coco: no weights ({str(e)[:200]}); put {known.url} into "
+                            f"{torch.hub.get_dir()}/checkpoints, or use --weights none") from None
         model.backbone.__class__ = Backbone
-        for layer in list(model.backbone.body.children())[:fixed]:
-            layer.requires_grad_(False)
+        for name, parameter in model.backbone.body.named_parameters():  # the first layers stay frozen
+            parameter.requires_grad_(name.startswith(("layer2", "layer3", "layer4")))
+        model.roi_heads.box_predictor = FastRCNNPredictor(1024, num_classes)
     with torch.no_grad():  # RoIAlign takes its strides from the first image it sees; a flat one misleads it
         maps = model.eval().backbone(torch.zeros(1, 3, 64, 64))
         model.roi_heads.box_roi_pool(maps, [torch.zeros(1, 4)], [(64, 64)])
     return model.train()
-
-
-def build_model(num_classes, backbone="resnet50_v2", weights="coco", image_size=800):
-    """A Faster R-CNN for `num_classes`, the background included. Called as torchvision's detectors are, with
-    a list of images (3, H, W) in [0, 1], whose longer side is `image_size`, and in training their targets.
-
-    weights: "none" (from scratch), or "coco": torchvision's, of which all but the box predictor is kept.
-    Raises UserError if they are neither cached nor can be downloaded, or for another backbone.
-    """
-    if weights == "none":
-        return untrained(num_classes, backbone, weights, image_size)
-    model = untrained(91, backbone, weights, image_size)
-    known = PRETRAINED[backbone][1]
-    counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
-    try:  # some files lack the counters
-        model.load_state_dict(counters | known.get_state_dict(progress=RANK == 0, check_hash=True))
-    except Exception as e:  # no network, or a file that holds anything else
-        target = Path(torch.hub.get_dir(), "checkpoints", known.url.split("/")[-1])
-        raise UserError(f"--weights coco: no weights of {backbone} ({str(e)[:200]}); put {known.url} at "
-                        f"{target}, or train from scratch with --weights none") from None
-    width = model.roi_heads.box_predictor.cls_score.in_features
-    model.roi_heads.box_predictor = FastRCNNPredictor(width, num_classes)
-    return model
-
-
-def training_mode(model):
-    """Training mode, but pretrained batch norms keep their statistics: those of a few images are worse."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
 
 
 # DATA -------------------------------------------------------------------------------------------------------
@@ -206,14 +170,12 @@ SPLITS = {"train": "train", "training": "train", "trainval": "train", "val": "va
 def demo_scenes(count, side=128):
     """Scenes as (image, boxes, labels): faces of 14 to 52 pixels and other shapes. A badly worn mask does not
     cover the nose."""
-    from PIL import Image, ImageDraw
     rng = np.random.default_rng(0)
 
     def colour(low, high):
         return tuple(rng.integers(low, high, 3).tolist())
 
-    def ellipse(box, left, top, right, bottom, fill):  # the edges are shares of the box
-        x, y, w, h = box[0], box[1], box[2] - box[0], box[3] - box[1]
+    def ellipse(left, top, right, bottom, fill):  # the edges are shares of the face
         pen.ellipse((x + left * w, y + top * h, x + right * w, y + bottom * h), fill)
 
     for _ in range(count):
@@ -233,11 +195,11 @@ def demo_scenes(count, side=128):
             label = str(rng.choice(["with_mask", "without_mask", "mask_weared_incorrect"], p=[0.5, 0.3, 0.2]))
             pen.ellipse(box, tuple(skin))
             pen.chord(box, 200, 340, colour(0, 90))  # hair
-            ellipse(box, 0.24, 0.36, 0.38, 0.45, "black")
-            ellipse(box, 0.62, 0.36, 0.76, 0.45, "black")
-            ellipse(box, 0.43, 0.46, 0.57, 0.64, tuple(v // 2 for v in skin))  # nose
+            ellipse(0.24, 0.36, 0.38, 0.45, "black")
+            ellipse(0.62, 0.36, 0.76, 0.45, "black")
+            ellipse(0.43, 0.46, 0.57, 0.64, tuple(v // 2 for v in skin))  # nose
             if label == "without_mask":
-                ellipse(box, 0.3, 0.72, 0.7, 0.82, "darkred")
+                ellipse(0.3, 0.72, 0.7, 0.82, "darkred")
             else:
                 angle = -5 if label == "with_mask" else 24
                 pen.chord(box, angle, 180 - angle, colour(100, 250))
@@ -251,41 +213,34 @@ def find_files(folder, pattern="**/*"):
     return [p for p in sorted(folder.glob(pattern)) if not any(map(junk.match, p.relative_to(folder).parts))]
 
 
-def images_among(paths):
-    """Those of the paths that have an ending of one of Pillow's formats."""
-    from PIL import Image
-    kinds = Image.registered_extensions()  # of some Pillow only writes
-    return [path for path in paths if kinds.get(path.suffix.lower()) in Image.OPEN]
-
-
 def find_scenes(folder):
-    """{(split, name): [annotation or None, image or None]} of a folder. A split is a sub-folder in SPLITS, or
-    one of VOC's lists ImageSets/Main/SPLIT.txt; it is "" for what belongs to none."""
-    files, listed = find_files(folder), {}  # listed: {name: split}
-    lists = [(path.stem.lower(), path) for path in files if path.match("ImageSets/Main/*.txt")]
-    for split, path in [(split, path) for split in SPLITS for stem, path in lists if stem == split]:
+    """(annotations, images) in a folder: two dicts {(split, name): path}. A split is a sub-folder in SPLITS,
+    or one of VOC's lists ImageSets/Main/SPLIT.txt; it is "" for what belongs to none."""
+    files, stems, listed = find_files(folder), list(SPLITS), {}  # listed: {name: split}
+    lists = [path for path in files if path.match("ImageSets/Main/*.txt") and path.stem.lower() in stems]
+    for path in sorted(lists, key=lambda path: stems.index(path.stem.lower())):  # val wins over trainval
         for line in path.read_text("utf-8-sig", "replace").splitlines():
-            if words := re.match(r'\s*(?:"(.+)"|(.+?))(\s+-?[01])?\s*$', line):  # 2008_000001  1
-                name = re.sub(r"\.(jpe?g|png|bmp|webp|tiff?)$", "", words[1] or words[2], flags=re.I)
-                listed[Path(name).name] = SPLITS[split]
-    annotations = [path for path in files if path.suffix.lower() == ".xml"]
-    images = images_among(files)
+            entry = Path(re.sub(r"\s+-?[01]\s*$", "", line).strip().strip('"'))  # 2008_000001  1
+            listed[entry.stem if is_image_file(entry.name) else entry.name] = SPLITS[path.stem.lower()]
+    annotations, images = {}, {}
+    for path in files:
+        if path.suffix.lower() == ".xml":
+            found = annotations
+        elif is_image_file(path.name) and not path.parent.name.startswith("Segmentation"):  # VOC's masks
+            found = images
+        else:
+            continue
+        folders = [part.lower() for part in path.relative_to(folder).parts[:-1]]
+        inside = next((SPLITS[part] for part in folders if part in SPLITS), "")
+        key = listed.get(path.stem, inside), path.stem
+        if key in found:
+            raise UserError(f"{folder}: a name is there twice, {found[key]} and {path}; rename one")
+        found[key] = path
     if not annotations:
-        stems = {path.stem for path in images}
-        other = [p for p in files if p.suffix == ".json" or p.suffix == ".txt" and p.stem in stems]
+        other = [str(path) for path in files if path.suffix in (".json", ".txt")]
         seen = f", but {other[0]}: export it as Pascal VOC, not as COCO or YOLO" if other else ""
         raise UserError(f"{folder}: no annotations NAME.xml in it{seen}; data/README.md shows the layouts")
-    images = [p for p in images if "JPEGImages" in p.parts] or images  # not VOC's segmentations
-    scenes = {}
-    for place, paths in enumerate((annotations, images)):
-        for path in paths:
-            folders = [name.lower() for name in path.relative_to(folder).parts[:-1]]
-            inside = next((SPLITS[name] for name in folders if name in SPLITS), "")
-            scene = scenes.setdefault((listed.get(path.stem, inside), path.stem), [None, None])
-            if scene[place]:
-                raise UserError(f"{folder}: a name is there twice, {scene[place]} and {path}; rename one")
-            scene[place] = path
-    return scenes
+    return annotations, images
 
 
 def read_voc(path):
@@ -293,10 +248,7 @@ def read_voc(path):
     in the file: VOC's 1 is not subtracted, "difficult" ones count. An image may have no object. Raises
     UserError for any other file."""
     try:
-        text = Path(path).read_bytes()
-        if re.search(rb"<!DOCTYPE|<!ENTITY|\0", text):  # an entity could expand to gigabytes
-            raise ValueError("it has a DTD, or is not UTF-8")
-        root = ElementTree.fromstring(text)
+        root = ElementTree.parse(path).getroot()
         if root.tag != "annotation":
             raise ValueError(f"its root is <{root.tag}>, not <annotation>")
         boxes, labels = [], []
@@ -307,81 +259,65 @@ def read_voc(path):
         if not np.isfinite(boxes).all() or not all(labels):
             raise ValueError("a coordinate is not finite, or an object has no name")
         size = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError,
-            ElementTree.ParseError) as e:
+    except Exception as e:  # a damaged file can raise nearly anything
         raise UserError(f"{path}: not a VOC annotation ({e})") from None
     boxes = torch.tensor(boxes).reshape(-1, 4)
     return {"boxes": boxes, "labels": labels, "size": size if all(size) else None}
 
 
-def read_image(path, size=None):
-    """An image file as RGB, turned upright by its EXIF tag, unless only the unturned image has the `size` in
-    its annotation."""
-    from PIL import Image, ImageOps
+def read_image(path):
+    """An image file as RGB, turned upright by its EXIF tag."""
     with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if size and image.size == size != upright.size:
-            upright = image
-        if upright.mode[0] in "IF":  # more than 8 bits, which convert("RGB") would clip
-            values = np.asarray(upright, float).clip(0)
-            upright = Image.fromarray((values * 255 / max(1, values.max())).astype(np.uint8))
-        return upright.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def prepare(image, side, boxes=torch.zeros(0, 4)):
     """{"image": uint8 (3, h, w), resized so that its longer side is `side`, "boxes": (N, 4) xyxy in pixels of
     the resized image, "scale": (4,) from pixels of the original to those, "size": the original's (W, H)}."""
     size = [max(1, round(v * side / max(image.size))) for v in image.size]
-    pixels = np.array(image.resize(size) if tuple(size) != image.size else image)
+    pixels = torch.from_numpy(np.array(image.resize(size))).permute(2, 0, 1).contiguous()
     scale = torch.tensor([size[0] / image.width, size[1] / image.height]).repeat(2)
-    return {"image": torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), "boxes": boxes * scale,
-            "scale": scale, "size": image.size}
+    return {"image": pixels, "boxes": boxes * scale, "scale": scale, "size": image.size}
 
 
 def voc_scenes(folder, side):
     """What `prepare` returns of each annotated image in a folder, with its "labels" (names), "name", "split",
     "path" of the annotation, "raw" boxes, and whether boxes were "clipped"."""
-    scenes = find_scenes(folder)
-    annotated = {key: paths for key, paths in scenes.items() if paths[0]}
+    annotations, images = find_scenes(folder)
 
     def read(key):
-        annotation, path = annotated[key]
-        try:
-            truth = read_voc(annotation)
-            if not path:
-                raise UserError(f"{annotation}: no image of that name beside it, or in its split")
-            image = read_image(path, truth["size"])
-            if truth["size"] not in (None, image.size):
-                raise UserError(f"{annotation}: made for {truth['size']} pixels, {path} has {image.size}")
-        except Exception as e:  # a damaged image can raise nearly anything
-            return str(e) if isinstance(e, UserError) else f"{path}: {e!r:.99}"
-        boxes = truth["boxes"].clamp(min=0).minimum(torch.tensor(image.size).repeat(2))
+        if key not in images:
+            raise UserError("no image of that name beside it, or in its split")
+        truth, image = read_voc(annotations[key]), read_image(images[key])
+        if truth["size"] not in (None, image.size):
+            raise UserError(f"made for {truth['size']} pixels, {images[key]} has {image.size}")
+        boxes = ops.clip_boxes_to_image(truth["boxes"], image.size[::-1])
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
         labels = [label for label, kept in zip(truth["labels"], keep) if kept]
         return prepare(image, side, boxes[keep]) | {
-            "labels": labels, "name": path.name, "split": key[0], "path": annotation, "raw": truth["boxes"],
-            "clipped": not torch.equal(boxes[keep], truth["boxes"])}
+            "labels": labels, "name": images[key].name, "split": key[0], "path": annotations[key],
+            "raw": truth["boxes"], "clipped": not torch.equal(boxes[keep], truth["boxes"])}
 
     with ThreadPoolExecutor() as pool:
-        items = list(pool.map(read, annotated))
-    bad = [item for item in items if isinstance(item, str)]
-    items = [item for item in items if not isinstance(item, str)]
-    if len(bad) > 0.05 * len(annotated):
-        raise UserError(f"{folder}: {len(bad)} of {len(annotated)} annotations, or their images, are "
-                        f"unreadable (limit: 5 %): {'; '.join(bad[:2])}")
-    boxes = torch.cat([item["raw"] for item in items])
+        jobs = {path: pool.submit(read, key) for key, path in annotations.items()}
+    bad = [f"{path.name}: {job.exception()}" for path, job in jobs.items() if job.exception()]
+    if len(bad) > 0.05 * len(jobs):
+        raise UserError(f"{folder}: {len(bad)} of {len(jobs)} annotations, or their images, are unreadable "
+                        f"(limit: 5 %): {'; '.join(bad[:2])}")
+    scenes = [job.result() for job in jobs.values() if not job.exception()]
+    boxes = torch.cat([scene["raw"] for scene in scenes])
     if ((boxes[:, 2:] - boxes[:, :2]).amin(1) < 2).float().mean() > 0.5:
-        kind = "relative (0 to 1)" if boxes.max() <= 1 else "smaller than 2 pixels"
-        raise UserError(f"{folder}: most boxes are {kind}, as in {items[0]['path']}; VOC counts pixels")
-    clipped = [f"{item['path'].name} ({len(item['raw']) - len(item['boxes'])} dropped)"
-               for item in items if item["clipped"]]
-    alone = [str(image) for annotation, image in scenes.values() if not annotation]
+        raise UserError(f"{folder}: most boxes are relative (0 to 1) or smaller than 2 pixels, as in "
+                        f"{scenes[0]['path']}; VOC counts pixels")
+    clipped = [f"{scene['path'].name} ({len(scene['raw']) - len(scene['boxes'])} dropped)"
+               for scene in scenes if scene["clipped"]]
+    alone = [str(path) for key, path in images.items() if key not in annotations]
     for text, names in (("annotations or images are unreadable, skipped", bad),
                         ("images have no annotation", alone),
                         ("annotations have boxes outside the image or empty, clipped or dropped", clipped)):
         if names:
             say(f"note: {len(names)} {text}: {'; '.join(names[:5])}")
-    return items
+    return scenes
 
 
 def divide(items, seed):
@@ -393,35 +329,34 @@ def divide(items, seed):
         groups[rarest].append(item)
     parts = {"train": [], "val": [], "test": []}
     for group in groups.values():
-        for i, item in enumerate(sorted(group, key=lambda item: seed_for(seed, item["name"]))):
-            share = (i + 0.5) / len(group)
-            parts["train" if share < 0.7 else "val" if share < 0.85 else "test"].append(item)
+        group.sort(key=lambda item: seed_for(seed, item["name"]))
+        first, second = (math.ceil(share * len(group) - 0.5) for share in (0.7, 0.85))
+        parts["train"] += group[:first]
+        parts["val"] += group[first:second]
+        parts["test"] += group[second:]
     return parts
 
 
 def split_up(items, seed):
-    """{"train", "val", "test": items}: the given splits. No "train": all items are divided. Only "train": it
-    is divided. No "val": it is cut from "train". No "test": "val" is tested."""
+    """{"train", "val", "test": items}: the given splits. Without "train" all items are divided. Without "val"
+    it comes from "train", and so does "test" if neither is given. Without "test" alone "val" is tested."""
     parts = {split: [item for item in items if item["split"] == split] for split in ("train", "val", "test")}
-    given = ", ".join(f"{len(part)} {split}" for split, part in parts.items() if part)
-    if not parts["train"]:
-        if given:
-            say(f"splits given: {given}; without train all images are divided")
-        return divide(items, seed)
-    say(f"splits given: {given}; in none, and not used: {sum(not item['split'] for item in items)}")
+    if given := ", ".join(f"{len(part)} {split}" for split, part in parts.items() if part):
+        say(f"splits given: {given}; in none, and not used: {sum(not item['split'] for item in items)}")
+    own = divide(parts["train"] or items, seed)
+    if not parts["train"] or not (parts["val"] or parts["test"]):
+        return own
     if not parts["val"]:
-        own = divide(parts["train"], seed)
-        if not parts["test"]:
-            return own
         parts |= {"train": own["train"] + own["test"], "val": own["val"]}
     if not parts["test"]:
         say("note: there is no test split; the validation set is tested, which chose the checkpoint")
-    return parts | {"test": parts["test"] or parts["val"]}
+        parts["test"] = parts["val"]
+    return parts
 
 
 def load_data(cfg, classes=None):
-    """{"train", "val", "test": lists of what `voc_scenes` returns, "classes": names, "key": a number that
-    changes with the images, their labels and splits}; labels count from 1."""
+    """{"train", "val", "test": lists of what `voc_scenes` returns, "classes": names}; labels count from 1.
+    `classes` are those of a checkpoint."""
     folder = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data)
     if cfg.data == "demo":
         items = [prepare(image, cfg.image_size, boxes) | {"labels": labels, "name": f"{i:03}", "split": ""}
@@ -431,18 +366,19 @@ def load_data(cfg, classes=None):
     else:
         raise UserError(f"--data {cfg.data}: not a folder, and not demo; {REAL}")
     parts = split_up(items, cfg.split)
-    used = {id(item): item for part in parts.values() for item in part}.values()  # test may be val
-    classes = classes or sorted({label for item in used for label in item["labels"]})
+    names = {label: item for part in parts.values() for item in part for label in item["labels"]}
+    classes = classes or sorted(names)
     if not classes or not all(parts.values()):
         raise UserError(f"--data {cfg.data}: {len(items)} images of {len(classes)} classes; it takes about a "
                         "dozen images, and objects in them")
-    for item in used:
-        if unknown := set(item["labels"]) - set(classes):
-            raise UserError(f"{item.get('path', cfg.data)}: unknown class {min(unknown)!r}; the checkpoint "
-                            f"knows {', '.join(classes)}")
-        item["labels"] = torch.tensor([1 + classes.index(v) for v in item["labels"]], dtype=torch.long)
-    known = [[(item["name"], item["labels"].tolist()) for item in part] for part in parts.values()]
-    return parts | {"classes": classes, "key": seed_for(known, classes)}
+    for name, item in names.items():
+        if name not in classes:
+            raise UserError(f"{item.get('path', cfg.data)}: unknown class {name!r}; the checkpoint knows "
+                            f"{', '.join(classes)}; start a new run")
+    for split, part in parts.items():
+        parts[split] = [item | {"labels": torch.LongTensor([1 + classes.index(v) for v in item["labels"]])}
+                        for item in part]
+    return parts | {"classes": classes}
 
 
 def augmentation(strength):
@@ -470,87 +406,62 @@ IOUS = np.linspace(0.5, 0.95, 10)
 
 def pairwise_iou(found, true, crowd):
     """IoU of boxes (D, 4), (G, 4) -> (D, G); with a crowd, as in COCO, overlap / area of the found box."""
-    found, true = ((b[:, :2], b[:, 2:] - b[:, :2]) for b in (np.asarray(b, float) for b in (found, true)))
-    ends = [start + extent for start, extent in (found, true)]
-    both = np.minimum(ends[0][:, None], ends[1]) - np.maximum(found[0][:, None], true[0])
-    both = both.clip(0).prod(2)
-    area = found[1].prod(1)[:, None]
-    union = np.where(crowd, area, area + true[1].prod(1) - both)
-    return both / np.maximum(union, 1e-300)
+    found = found[:, None]
+    extent = np.minimum(found[..., 2:], true[:, 2:]) - np.maximum(found[..., :2], true[:, :2])
+    both = extent.clip(0).prod(2)
+    area, true_area = ((boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (found, true))
+    return both / np.maximum(np.where(crowd, area, area + true_area - both), 1e-300)
 
 
-def match(predictions, targets, label):
-    """All boxes found of one class, best first: scores (N,); at the ten IoUs whether each is right (10, N),
-    and whether it does not count (10, N), being in a crowd; and the number of true boxes.
-
-    In each image the 100 best boxes choose, in order of score, the free true box with the highest IoU; of
-    equal ones the last.
-    """
-    scores, right, void, count = [], [], [], 0
-    for found, true in zip(predictions, targets):
-        mine = np.asarray(true["labels"]) == label
-        crowd = np.asarray(true.get("iscrowd", np.zeros(len(mine))), bool)[mine]
-        order = np.argsort(crowd, kind="stable")  # crowds come last
-        crowd, true_boxes = crowd[order], np.asarray(true["boxes"]).reshape(-1, 4)[mine][order]
-        count += int((~crowd).sum())
-        mine = np.flatnonzero(np.asarray(found["labels"]) == label)
-        score = np.asarray(found["scores"], float)[mine]
-        best = np.argsort(-score, kind="stable")[:100]
-        hit, skip = np.zeros((2, 10, len(best)), bool)
-        if len(best) and len(crowd):
-            iou = pairwise_iou(np.asarray(found["boxes"])[mine[best]], true_boxes, crowd)
-            free, rows = np.ones((10, len(crowd)), bool), np.arange(10)
-            for i in np.flatnonzero(iou.max(1) >= IOUS[0]):
-                open_to = (iou[i] >= IOUS[:, None]) & (free | crowd)  # (10, G)
-                rank = np.where(open_to, iou[i] - crowd, -1)[:, ::-1]  # a true box goes before any crowd
-                taken = len(crowd) - 1 - rank.argmax(1)
-                matched = open_to.any(1)
-                hit[:, i], skip[:, i] = matched & ~crowd[taken], matched & crowd[taken]
-                free[rows[matched], taken[matched]] = False
-        scores, right, void = [*scores, score[best]], [*right, hit], [*void, skip]
-    scores = np.concatenate(scores or [np.zeros(0)])
-    order = np.argsort(-scores, kind="stable")
-    right, void = (np.concatenate(part or [np.zeros((10, 0), bool)], 1)[:, order] for part in (right, void))
-    return scores[order], right, void, count
-
-
-def precision_recall(right, void, count):
-    """(10, N) twice -> precision and recall (10, N) of the N best boxes, for each N."""
-    hits, misses = right.cumsum(1), (~right & ~void).cumsum(1)
-    return hits / np.maximum(hits + misses, 1e-9), hits / max(1, count)
+def match(found, true, label):
+    """The matches of one class in one image: scores (n,) of its 100 best boxes; at the ten IoUs whether each
+    is right (10, n), and whether it does not count (10, n), being in a crowd; and the number of true boxes.
+    In order of score, each box takes the free true box with the highest IoU; of equal ones the last."""
+    mine = np.asarray(true["labels"]) == label
+    true_boxes = np.asarray(true["boxes"], float).reshape(-1, 4)[mine]
+    crowd = np.asarray(true.get("iscrowd", np.zeros(len(mine))), bool)[mine]
+    mine = np.asarray(found["labels"]) == label
+    scores = np.asarray(found["scores"], float)[mine]
+    best = np.argsort(-scores, kind="stable")[:100]
+    right, void = np.zeros((2, 10, len(best)), bool)
+    if len(best) and len(crowd):
+        iou = pairwise_iou(np.asarray(found["boxes"], float)[mine][best], true_boxes, crowd)
+        free, rows = np.ones((10, len(crowd)), bool), np.arange(10)
+        for i in np.flatnonzero(iou.max(1) >= IOUS[0]):
+            open_to = (iou[i] >= IOUS[:, None]) & (free | crowd)  # (10, G)
+            rank = np.where(open_to, iou[i] - crowd, -1)[:, ::-1]  # a true box goes before any crowd
+            taken = len(crowd) - 1 - rank.argmax(1)
+            matched = open_to.any(1)
+            right[:, i], void[:, i] = matched & ~crowd[taken], matched & crowd[taken]
+            free[rows[matched], taken[matched]] = False
+    return scores[best], right, void, int((~crowd).sum())
 
 
 def coco_map(predictions, targets):
     """COCO's figures as pycocotools computes them. Lists of torchvision's dicts: boxes (n, 4) xyxy, labels
-    (n,), scores (n,), or for targets perhaps iscrowd (n,). -> {"map" (the mean over IoUs of 0.5 to 0.95),
-    "map50", "map75", "mar100", "map_per_class", "map50_per_class": {id: figure}}. A class without a true box
-    has -1 and is left out of the means. Raises ValueError if the lists differ in length."""
-    if len(predictions) != len(targets):
-        raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets")
-    ap, ar, without = {}, {}, np.full(10, -1.0)  # at the ten IoUs
-    for label in sorted({int(v) for part in (*predictions, *targets) for v in part["labels"]}):
-        _, right, void, count = match(predictions, targets, label)
-        precision, recall = precision_recall(right, void, count)
+    (n,), scores (n,), or for targets perhaps iscrowd (n,). -> {"map50", "map" (the mean over IoUs of 0.5 to
+    0.95), "map75", "mar100", "map_per_class", "map50_per_class": {id: figure}}. A class without a true box is
+    left out; without any, the means are -1. Raises ValueError if the lists differ in length."""
+    images = list(zip(predictions, targets, strict=True))
+    ap, ar = {}, {}  # at the ten IoUs
+    for label in sorted({int(v) for target in targets for v in target["labels"]}):
+        *parts, counts = zip(*(match(found, true, label) for found, true in images))
+        scores, right, void = (np.concatenate(part, -1) for part in parts)
+        count = sum(counts)
+        if not count:  # crowds only
+            continue
+        order = np.argsort(-scores, kind="stable")
+        hits, misses = right[:, order].cumsum(1), (~right & ~void)[:, order].cumsum(1)
+        precision, recall = hits / np.maximum(hits + misses, 1e-9), hits / count
         precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]  # the best from this recall on
         padded = np.pad(precision, ((0, 0), (0, 1)))  # 0 where a recall is never reached
         places = (np.searchsorted(row, np.linspace(0, 1, 101)) for row in recall)
-        ap[label] = np.array([row[at].mean() for row, at in zip(padded, places)]) if count else without
-        ar[label] = recall[:, -1:].sum(1) if count else without  # a sum, since there may be no box at all
-    means, recalls = (np.mean([v for v in part.values() if v[0] >= 0] or [without], 0) for part in (ap, ar))
-    return {"map": float(means.mean()), "map50": float(means[0]), "map75": float(means[5]),
+        ap[label] = np.array([row[at].mean() for row, at in zip(padded, places)])
+        ar[label] = right.sum(1) / count
+    means, recalls = (np.mean(list(part.values()) or [np.full(10, -1.0)], 0) for part in (ap, ar))
+    return {"map50": float(means[0]), "map": float(means.mean()), "map75": float(means[5]),
             "mar100": float(recalls.mean()), "map_per_class": {k: float(v.mean()) for k, v in ap.items()},
             "map50_per_class": {k: float(v[0]) for k, v in ap.items()}}
-
-
-def best_threshold(predictions, targets, classes):
-    """The score at which detections of all classes together have the highest F1, at an IoU of 0.5."""
-    parts = [match(predictions, targets, label) for label in range(1, 1 + len(classes))]
-    scores = np.concatenate([scores for scores, *_ in parts])
-    order = np.argsort(-scores, kind="stable")
-    right, void = (np.concatenate([part[i] for part in parts], 1)[:1, order] for i in (1, 2))
-    precision, recall = precision_recall(right, void, sum(count for *_, count in parts))
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
-    return float(scores[order][f1[0].argmax()]) if len(scores) else 0.5
 
 
 # EVALUATE, PREDICT ------------------------------------------------------------------------------------------
@@ -559,20 +470,14 @@ COLOURS = ["#d98200", "#00964a", "#e8272c", "#3f7cff", "#c04ce0", "#00b8c4", "#f
 
 @torch.no_grad()
 def detections(model, items, device):
-    """[{"boxes" (n, 4) in pixels of the item's image, "scores" (n,), "labels" (n,)}] on the CPU; each process
-    runs its share of the batches, and gets all. Only images of equal shape share a batch: padding changes
-    what is found."""
+    """[{"boxes" (n, 4) in pixels of the item's image, "scores" (n,), "labels" (n,)}] on the CPU. Each process
+    runs its share of the images, and gets all; one by one, since padding would change what is found."""
     model.eval()
-    shapes = defaultdict(list)
-    for i, item in enumerate(items):
-        shapes[item["image"].shape].append(i)
-    batches = [group[k : k + 8] for group in shapes.values() for k in range(0, len(group), 8)]
     table = torch.zeros(len(items), model.roi_heads.detections_per_img, 6, device=device)
-    for batch in batches[RANK::WORLD]:
-        found = model([items[i]["image"].to(device).float() / 255 for i in batch])
-        for i, f in zip(batch, found):
-            rows = torch.cat([f["boxes"], f["scores"][:, None], f["labels"][:, None]], 1)
-            table[i, : len(rows)] = rows
+    for i in range(RANK, len(items), WORLD):
+        found = model([items[i]["image"].to(device).float() / 255])[0]
+        rows = torch.cat([found["boxes"], found["scores"][:, None], found["labels"][:, None]], 1)
+        table[i, : len(rows)] = rows
     rows = [row[row[:, 5] > 0] for row in all_sum(table).cpu()]  # no box has label 0
     return [{"boxes": row[:, :4], "scores": row[:, 4], "labels": row[:, 5].long()} for row in rows]
 
@@ -583,23 +488,21 @@ def evaluate(model, items, classes, device):
     figures = coco_map(found, items)
     for kind in ("map_per_class", "map50_per_class"):
         figures[kind] = {name: figures[kind].get(i, -1.0) for i, name in enumerate(classes, 1)}
-    return {"map50": figures["map50"], **figures}, found  # map50 comes first in the log
+    return figures, found
 
 
 def write_coco(folder, items, found, classes):
-    """detections.json and truth.json, which pycocotools reads: COCO(truth).loadRes(detections), if any. Boxes
-    are in pixels of the original images."""
-    truth, results = [], []
+    """truth.json and detections.json, which pycocotools reads. Boxes are in pixels of the original images."""
+    images, truth, results = [], [], []
     for number, (item, f) in enumerate(zip(items, found), 1):
+        width, height = item["size"]
+        images.append({"id": number, "file_name": item["name"], "width": width, "height": height})
         for part, rows in ((item, truth), (f, results)):
-            boxes = box_convert((part["boxes"] / item["scale"]).double(), "xyxy", "xywh").tolist()
-            for i, (box, label) in enumerate(zip(boxes, part["labels"].tolist())):
+            boxes = ops.box_convert((part["boxes"] / item["scale"]).double(), "xyxy", "xywh").tolist()
+            scores = part.get("scores", torch.ones(len(boxes))).tolist()
+            for box, label, value in zip(boxes, part["labels"].tolist(), scores):
                 rows.append({"id": len(rows) + 1, "image_id": number, "category_id": label, "bbox": box,
-                             "area": box[2] * box[3], "iscrowd": 0})
-                if part is f:
-                    rows[-1]["score"] = float(f["scores"][i])
-    images = [{"id": number, "file_name": item["name"], "width": item["size"][0], "height": item["size"][1]}
-              for number, item in enumerate(items, 1)]
+                             "area": box[2] * box[3], "iscrowd": 0, "score": value})
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
     truth = {"info": {}, "images": images, "annotations": truth, "categories": categories}
     (folder / "truth.json").write_text(json.dumps(truth), encoding="utf-8")
@@ -613,7 +516,6 @@ def score(model, data, threshold, folder, device):
     if RANK == 0:
         write_coco(folder, items, found, classes)
         draw_examples(items, found, classes, threshold, folder)
-        draw_curves(items, found, classes, threshold, folder)
     for kind in ("map", "map50"):
         figures |= {f"{kind}_{name}": value for name, value in figures.pop(f"{kind}_per_class").items()}
     return figures | {"n": len(items)}
@@ -622,110 +524,82 @@ def score(model, data, threshold, folder, device):
 def confident(found, threshold):
     """The boxes with at least this score; of overlapping ones only the best, whatever its class."""
     found = {key: value[found["scores"] >= threshold] for key, value in found.items()}
-    keep = nms(found["boxes"], found["scores"], 0.5)
+    keep = ops.nms(found["boxes"], found["scores"], 0.5)
     return {key: value[keep] for key, value in found.items()}
 
 
-def drawn(image, boxes, part, classes, side):
-    """A PIL image whose longer side becomes `side`, with boxes (N, 4) in its pixels, in the colours of their
-    classes, and the names and perhaps scores in `part`."""
-    try:
-        from matplotlib import get_data_path
-        font, font_size = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", side // 60
-    except ImportError:
-        font, font_size = None, None  # a smaller one of Pillow's
-    scale = side / max(image.size)
-    image = image.resize([max(1, round(v * scale)) for v in image.size])
+def drawn(image, part, classes, side):
+    """An image (3, H, W) whose longer side becomes `side`, with the boxes of `part` in the colours of their
+    classes, and their names and perhaps scores."""
+    scale = side / max(image.shape[1:])
+    image = v2.functional.resize(image, [max(1, round(v * scale)) for v in image.shape[1:]])
     words = [classes[label - 1].replace("_", " ") for label in part["labels"]]
     if "scores" in part:
         words = [f"{word} {value:.2f}" for word, value in zip(words, part["scores"])]
-    if words:
-        colours = [COLOURS[(label - 1) % 8] for label in part["labels"]]
-        pixels = v2.functional.pil_to_tensor(image)
-        pixels = draw_bounding_boxes(pixels, boxes * scale, words, colours, width=2, font=font,
-                                     font_size=font_size, label_colors="white", fill_labels=True)
-        image = v2.functional.to_pil_image(pixels)
-    return image
+    if not words:
+        return image
+    colours = [COLOURS[(label - 1) % 8] for label in part["labels"]]
+    return utils.draw_bounding_boxes(
+        image, part["boxes"] * scale, words, colours, width=2, label_colors="white", fill_labels=True,
+        font=f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", font_size=side // 60)
 
 
 def draw_examples(items, found, classes, threshold, folder):
     """examples.png: truth beside detections for the best, the median and the worst test image."""
     worth = [coco_map([f], [item])["map"] for f, item in zip(found, items)]
     order = [i for i in np.argsort(worth).tolist() if worth[i] >= 0]  # without those that have no face
-    if order:
-        figure = Figure((11, 13), layout="constrained")
-        for row, (word, place) in enumerate((("best", -1), ("median", len(order) // 2), ("worst", 0))):
-            item, f = items[order[place]], confident(found[order[place]], threshold)
-            image = v2.functional.to_pil_image(item["image"])
-            titles = f"{word} ({item['name']}): truth", f"found, mAP {worth[order[place]]:.2f}"
-            for column, (title, part) in enumerate(zip(titles, (item, f)), 1):
-                axes = figure.add_subplot(3, 2, 2 * row + column)
-                axes.set_title(title, parse_math=False)
-                axes.imshow(drawn(image, part["boxes"], part, classes, 800))
-                axes.axis("off")
-        figure.savefig(folder / "examples.png", dpi=130)
-
-
-def draw_curves(items, found, classes, threshold, folder):
-    """pr.png: precision against recall of each class, with the point of the threshold."""
-    figure = Figure((7, 6), layout="constrained")
-    axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02),
-                              title=f"{len(items)} test images, IoU 0.5; dots: score {threshold:.2f}")
-    for label, name in enumerate(classes, 1):
-        scores, right, void, count = match(found, items, label)
-        precision, recall = (part[0] for part in precision_recall(right, void, count))
-        text, colour = f"{name} ({count} boxes)".replace("$", r"\$"), COLOURS[(label - 1) % 8]
-        axes.plot(recall, precision, color=colour, label=text)
-        if shown := int((scores >= threshold).sum()):
-            axes.plot(recall[shown - 1], precision[shown - 1], "o", color=colour)
-    figure.legend(loc="outside lower center", ncols=2)
-    figure.savefig(folder / "pr.png", dpi=100)
+    if not order:
+        return
+    figure = Figure((11, 13), layout="constrained")
+    chosen = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
+    for (word, i), row in zip(chosen.items(), figure.subplots(3, 2)):
+        row[0].set_title(f"{word} ({items[i]['name']}): truth", parse_math=False)
+        row[1].set_title(f"found, mAP {worth[i]:.2f}")
+        for axes, part in zip(row, (items[i], confident(found[i], threshold))):
+            axes.imshow(drawn(items[i]["image"], part, classes, 800).permute(1, 2, 0).numpy())
+            axes.axis("off")
+    figure.savefig(folder / "examples.png", dpi=130)
 
 
 def build(cfg, classes, device, trained=False):
     """The model of a Config; `trained` if its weights come from a checkpoint."""
-    make = untrained if trained else build_model
-    model = make(1 + len(classes), cfg.backbone, cfg.weights, cfg.image_size)
+    model = build_model(1 + len(classes), cfg.backbone, cfg.weights, cfg.image_size, trained)
     model.backbone.bfloat16 = cfg.dtype == "bfloat16"
     return model.to(device)
 
 
-def detect(model, cfg, ckpt, inputs, folder, device):
+def detect(model, cfg, classes, inputs, folder, device):
     """Draws each image with what is found in it as NAME-boxes.png, and writes boxes.json."""
-    paths = []
+    paths, rows = [], []
     for path in map(Path, inputs):
-        paths += images_among(find_files(path)) if path.is_dir() else [path]
-    bad, rows, threshold = [], [], cfg.threshold or ckpt["threshold"]
-    taken = {path.resolve() for path in paths}
-    for path in paths:
+        paths += [p for p in find_files(path) if is_image_file(p.name)] if path.is_dir() else [path]
+    pictures = [folder / f"{path.stem}-boxes.png" for path in paths]
+    for path, uses in Counter(path.resolve() for path in paths + pictures).items():
+        if uses > 1:
+            raise UserError(f"{path}: an input, or the picture of two inputs; choose another --save")
+    for path, picture in zip(paths, pictures):
         try:
             image = read_image(path)
         except Exception as e:  # a damaged image can raise nearly anything
-            bad.append(f"{path} ({type(e).__name__})")
+            say(f"note: {path} is unreadable, skipped ({type(e).__name__})")
             continue
         item = prepare(image, cfg.image_size)
-        found = confident(detections(model, [item], device)[0], threshold)
-        boxes = found["boxes"] / item["scale"]
-        names = [ckpt["classes"][label - 1] for label in found["labels"]]
+        found = confident(detections(model, [item], device)[0], cfg.threshold)
+        found["boxes"] /= item["scale"]
+        names = [classes[label - 1] for label in found["labels"]]
         counts = ", ".join(f"{n} {name}" for name, n in Counter(names).items())
         say(f"{path}: {counts or 'nothing found'}")
-        target, number = folder / f"{path.stem}-boxes.png", 0
-        while target.resolve() in taken:  # never over an input, nor over another's picture
-            number += 1
-            target = folder / f"{path.stem}-boxes{number}.png"
-        taken.add(target.resolve())
-        rows.append({"file": str(path), "picture": target.name, "boxes": [
+        rows.append({"file": str(path), "picture": picture.name, "boxes": [
             {"class": name, "score": value, "box": box}
-            for name, value, box in zip(names, found["scores"].tolist(), boxes.tolist())]})
+            for name, value, box in zip(names, found["scores"].tolist(), found["boxes"].tolist())]})
         if RANK == 0:
-            drawn(image, boxes, found, ckpt["classes"], 1000).save(target)
-    if bad:
-        say(f"note: {len(bad)} of {len(paths)} images are unreadable, skipped: {', '.join(bad[:5])}")
-    if len(bad) == len(paths):
+            pixels = drawn(v2.functional.pil_to_tensor(image), found, classes, 1000)
+            v2.functional.to_pil_image(pixels).save(picture)
+    if not rows:
         raise UserError(f"{' '.join(inputs)}: there is no readable image")
     if RANK == 0:
         (folder / "boxes.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    say(f"images: {len(paths) - len(bad)}; boxes from score {threshold:.2f} on")
+    say(f"images: {len(rows)} of {len(paths)}; boxes from score {cfg.threshold} on")
 
 
 def predict(mode, inputs, flags):
@@ -735,11 +609,9 @@ def predict(mode, inputs, flags):
     model.load_state_dict(ckpt["model"])
     if mode == "eval":
         data = load_data(cfg, ckpt["classes"])
-        if cfg.data == ckpt["config"]["data"] and data["key"] != ckpt.get("key", data["key"]):
-            say(f"warning: {cfg.data} has changed since the training; it may have seen images of this test")
-        say(show(score(model, data, cfg.threshold or ckpt["threshold"], folder, device), digits=6))
+        say(show(score(model, data, cfg.threshold, folder, device), digits=6))
     else:
-        detect(model, cfg, ckpt, inputs, folder, device)
+        detect(model, cfg, ckpt["classes"], inputs, folder, device)
     say(f"written: {folder}/*.png, *.json")
 
 
@@ -988,35 +860,25 @@ def main(argv=None):
         return predict(mode, inputs, flags)
     run = Run(flags)
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
-    old = ckpt or (load_checkpoint(cfg.init) if cfg.init else {})
-    if cfg.init and not ckpt:  # the layout goes with the weights
-        merge_config(old, flags, cfg.init, {"backbone", "weights"})
-        flags |= {name: old["config"][name] for name in ("backbone", "weights")}
-        cfg.backbone, cfg.weights = flags["backbone"], flags["weights"]
     if cfg.weights == "none" and not ckpt:
         typed = PRESETS.get(cfg.data, {}) | flags
         vars(cfg).update({name: value for name, value in SCRATCH.items() if name not in typed})
 
-    data = load_data(cfg)
+    data = load_data(cfg, ckpt.get("classes"))
     items, classes = data["train"], data["classes"]
-    if ckpt and ckpt["classes"] != classes:
-        raise UserError(f"{run.folder}: its classes are {ckpt['classes']}, the data's {classes}; start anew")
-    if ckpt and ckpt.get("key") != data["key"]:
-        raise UserError(f"--data {cfg.data}: other images or labels than {run.folder}/last.pt; start anew")
     count = min(cfg.batch_size, len(items))  # of a batch
     if count < WORLD:
         raise UserError(f"--batch_size {count}: fewer images a step than the {WORLD} processes")
     per_epoch = len(items) // count
     schedule = per_epoch * cfg.epochs
     total = min(cfg.max_steps or schedule, schedule)
-    boxes = torch.cat([item["labels"] for item in items]).bincount(minlength=len(classes) + 1)[1:].tolist()
-    say(f"images: {len(items):,} train, {len(data['val']):,} val, {len(data['test']):,} test; boxes to train "
-        f"on: {', '.join(f'{n:,} {name}' for n, name in zip(boxes, classes))}; steps: {total:,}")
+    say(f"images: {len(items):,} train, {len(data['val']):,} val, {len(data['test']):,} test; classes: "
+        f"{', '.join(classes)}; steps: {total:,}")
 
     torch.manual_seed(cfg.seed)
-    raw = build(cfg, classes, device, trained=bool(old))
+    raw = build(cfg, classes, device, trained=bool(ckpt))
     if cfg.init and not ckpt:
-        load_weights(raw, old["model"])
+        load_weights(raw, load_checkpoint(cfg.init)["model"])  # of the same --backbone and --weights
     learnt = [p for p in raw.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learnt if p.dim() >= 2], "weight_decay": 0.05},
               {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0}]
@@ -1027,8 +889,8 @@ def main(argv=None):
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux"):
         raw.backbone.compile()  # in place; the rest of a detector breaks the graph at every image
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
+    norms = [module for module in raw.modules() if isinstance(module, nn.BatchNorm2d)]  # of COCO weights
     change = augmentation(cfg.augment)
-
     ratios = [item["size"][0] / item["size"][1] for item in items]
 
     @functools.lru_cache(1)
@@ -1042,21 +904,23 @@ def main(argv=None):
         batch = []
         for i in order(epoch)[place][RANK::WORLD]:
             x = items[i]["image"].to(device)
-            boxes = BoundingBoxes(items[i]["boxes"], format="XYXY", canvas_size=x.shape[1:])
+            boxes = tv_tensors.BoundingBoxes(items[i]["boxes"], format="XYXY", canvas_size=x.shape[1:])
             x, target = change(x, {"boxes": boxes, "labels": items[i]["labels"]})
             batch.append((x, {key: value.to(device) for key, value in target.items()}))
         return zip(*batch)
 
     def update(step, batch):
-        """One optimizer step; -> the parts of the loss."""
+        """One optimizer step; returns the parts of the loss."""
         x, targets = map(list, batch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step, schedule)
-        training_mode(raw)
+        raw.train()
+        for norm in norms:  # they keep their statistics: those of a few images are worse
+            norm.eval()
         share = len(x) * WORLD / count  # DDP averages over the processes
         parts = {name.removeprefix("loss_"): value * share for name, value in model(x, targets).items()}
         loss = sum(parts.values())  # equation 1, for the proposals and for the boxes of classes
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learnt, 1.0)
         optimizer.step()
@@ -1067,22 +931,18 @@ def main(argv=None):
         losses = update(step, fetch(step))
         check, save = run.step_done(losses, count, learning_rate(cfg, step, schedule))
         if check:
-            figures, found = evaluate(raw, data["val"], classes, device)
+            figures, _ = evaluate(raw, data["val"], classes, device)
             run.write("val", figures)
             if run.best is None or figures["map"] > run.best:
                 run.best = figures["map"]
-                found = [confident(f, 0.0) for f in found]  # as `detect` shows them
-                run.save("best.pt", model=raw.state_dict(), classes=classes, key=data["key"],
-                         threshold=best_threshold(found, data["val"], classes))
+                run.save("best.pt", model=raw.state_dict(), classes=classes)
         if save:
-            run.save("last.pt", model=raw.state_dict(), classes=classes, key=data["key"],
-                     optimizer=optimizer.state_dict())
+            run.save("last.pt", model=raw.state_dict(), classes=classes, optimizer=optimizer.state_dict())
         if run.stop:
             return
 
-    best = load_checkpoint(run.folder / "best.pt")
-    raw.load_state_dict(best["model"])
-    run.finish(score(raw, data, cfg.threshold or best["threshold"], run.folder, device))
+    raw.load_state_dict(load_checkpoint(run.folder / "best.pt")["model"])
+    run.finish(score(raw, data, cfg.threshold, run.folder, device))
 
 
 def learning_rate(cfg, step, schedule):

@@ -322,14 +322,15 @@ def mask(flags, rounds, steps):
     for name, size in (("reference loop", box["count"]), ("notebook", 5)):
         model, batches = copy.deepcopy(box["raw"]), batches_of(size)
         model.backbone.bfloat16 = False
-        model.backbone.bfloat16 = False
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3, momentum=0.9, weight_decay=1e-4)
 
         def plain(step, model=model, batches=batches, optimizer=optimizer, notebook=name == "notebook"):
             images, targets = next(batches)
             if notebook and device.type == "cuda":
                 torch.cuda.empty_cache()
-            module.training_mode(model)
+            model.train()
+            for norm in (part for part in model.modules() if isinstance(part, nn.BatchNorm2d)):
+                norm.eval()
             losses = model([x.to(device) for x in images], [{k: v.to(device) for k, v in t.items()} for t in targets])
             loss = sum(losses.values())
             loss.item()
