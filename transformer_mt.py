@@ -59,7 +59,7 @@ from matplotlib.figure import Figure
 
 @dataclass
 class Config:
-    # the same in all five scripts
+    # the same in all five scripts; a comment is the help of its flag, and may begin with choices: a|b|c
     data: str = "auto"  # demo, multi30k or multi30k-tok; auto: one in data/, or demo
     out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
     save: str = ""  # folder for predictions (default: the folder of the checkpoint)
@@ -97,9 +97,9 @@ SIZES = {"tiny": (128, 4, 4, 256), "small": (256, 4, 3, 512), "base": (512, 8, 6
 PRESETS = {"demo": {"size": "tiny", "vocab_size": 300, "epochs": 4, "batch_size": 1400,
                     "warmup": 100, "dropout": 0.1, "eval_every": 100, "ema": 0.99},
            "multi30k-tok": {"epochs": 24, "dropout": 0.3}}
-MODES = {"train": "", "eval": "", "translate": "[TEXT...]"}  # and inputs
+MODES = {"train": "", "eval": "", "translate": "[TEXT...]"}  # mode: its inputs
 UNIT = "tokens"  # what a batch is counted in
-SHAPE = {"size", "vocab_size"}  # what a checkpoint alone decides
+SHAPE = {"size", "vocab_size"}  # fields that a checkpoint fixes
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
 
@@ -122,8 +122,8 @@ class Attention(nn.Module):
         return torch.stack([self.split(part) for part in self.key_value(x).chunk(2, -1)])
 
     def weights(self, x, keys, mask):
-        """softmax(Q K^T / sqrt(d_k)), the first factor of equation 1: x (B, T, D), keys (B, H, S, D/H) ->
-        (B, H, T, S). `mask` is True where a query may look."""
+        """The attention weights of equation 1, softmax(Q K^T / sqrt(d_k)): x (B, T, D), keys (B, H, S, D/H)
+        -> (B, H, T, S). `mask` is True where a query may look."""
         queries = self.split(self.query(x))
         scores = queries @ keys.mT / math.sqrt(queries.shape[-1])
         return scores.masked_fill(~mask, -math.inf).softmax(-1)
@@ -165,14 +165,14 @@ class DecoderLayer(EncoderLayer):
         """T target tokens x (B, T, D) -> (B, T, D), and the keys and values of all target tokens so far.
 
         `memory` (2, B, H, S, D/H) holds the keys and values of the source, whose mask is (B, 1, 1, S); `past`
-        (2, B, H, L, D/H) those of the L target tokens before x. Padding needs no mask of its own: it comes
-        last, where `causal` hides it.
+        (2, B, H, L, D/H) those of the L target tokens before x. Padding follows the real tokens, from
+        which `causal` hides it.
         """
         y = self.attention_norm(x)
         cache = self.attention.keys_and_values(y)
         if past is not None:
             cache = torch.cat([past, cache], 3)
-        new, length = x.shape[1], cache.shape[3]  # a token sees itself and those before it
+        new, length = x.shape[1], cache.shape[3]
         causal = torch.ones(new, length, dtype=torch.bool, device=x.device).tril(length - new)
         x = x + self.dropout(self.attention(y, cache, causal))
         x = x + self.dropout(self.cross(self.cross_norm(x), memory, mask))
@@ -259,9 +259,9 @@ def beam_search(model, src, beam_size=5, length_penalty=1.0, max_len=100):
         if length == max_len:
             log_p[:, :EOS] = log_p[:, EOS + 1 :] = -math.inf  # every hypothesis ends here
         total = scores[:, :, None] + log_p.unflatten(0, (b, k))  # (B, K, V)
-        best, index = total.flatten(1).topk(2 * k)  # 2 K candidates, of which at most K end
+        best, index = total.flatten(1).topk(2 * k)  # 2 K, since each hypothesis has one way to end: K go on
         token = index % total.shape[2]
-        parent = index // total.shape[2] + k * torch.arange(b, device=device)[:, None]  # row of ids
+        parent = index // total.shape[2] + k * torch.arange(b, device=device)[:, None]  # their rows of ids
         penalty = ((5 + length) / 6) ** length_penalty
         candidates, parents = (best / penalty).tolist(), parent.tolist()
         for i, j in (token[:, :k] == EOS).nonzero().tolist():  # only an end among the best K counts
@@ -320,7 +320,8 @@ ARTICLES = {"nom": {"m": "der ein", "f": "die eine", "n": "das ein"},
 
 
 def demo_pair(rng):
-    """An English sentence and its German translation, with gender, case, and the verb second or last."""
+    """An English sentence and its German translation, with gender, case, and the verb second or last. Names
+    below go in pairs, English and German."""
     def pick(lines):
         return lines[rng.integers(len(lines))].split()
 
@@ -367,8 +368,8 @@ def read_pair(*paths):
 
 
 def load_data(cfg):
-    """{"train", "val" and the name of each test split: (source sentences, target sentences)}, from
-    data/NAME/raw/SPLIT.en.gz and SPLIT.de.gz, or data/NAME/tok/SPLIT.lc.norm.tok.en.gz and so on."""
+    """{"train", "val", then the name of each test split: (source sentences, target sentences)}, from
+    data/multi30k/raw/SPLIT.en.gz and .de.gz, or data/multi30k/tok/SPLIT.lc.norm.tok.en.gz and .de.gz."""
     if cfg.data == "own":
         return divide(read_pair(cfg.train_src, cfg.train_tgt))
     if cfg.data == "demo":
@@ -396,8 +397,8 @@ def load_data(cfg):
 
 
 def divide(pairs):
-    """Two lists of sentences as training, validation and test set: the last 1,000 different pairs are the
-    test set, the 1,000 before them the validation set; 1/18 of the pairs each, if that is fewer."""
+    """Two lists of sentences as training, validation and test set: the last 1,000 different pairs (1/18, if
+    that is fewer) are the test set, as many before them the validation set."""
     whole = list(dict.fromkeys(pair for pair in zip(*pairs) if all(pair)))  # without duplicates
     held = min(1000, len(whole) // 18)
     if not held:
@@ -510,7 +511,7 @@ def chrf(hypotheses, references):
 
 # EVALUATE, PREDICT ------------------------------------------------------------------------------------------
 def translate(model, sp, ids, cfg, device, beam_size):
-    """Lists of ids -> list of strings; each process does its share, and all get the result."""
+    """Lists of ids -> strings. Each process fills its rows; the others stay PAD, so the sum joins all."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # sentences of similar length go together
     output = torch.zeros(len(ids), cfg.max_len, dtype=torch.long)
     size = max(1, 10_000 // cfg.max_len)  # sentences at a time
@@ -525,7 +526,7 @@ def translate(model, sp, ids, cfg, device, beam_size):
 
 
 def evaluate(model, sp, cfg, pair, device, beam_size):
-    """(figures, hypotheses) of a split; BLEU counts 13a's tokens, in a tokenised set what spaces divide."""
+    """(figures, hypotheses) of a split. BLEU counts 13a's tokens; in a -tok set spaces divide them."""
     ids = encode_text(sp, pair[0], cfg.max_len)
     hypotheses = translate(model.eval(), sp, ids, cfg, device, beam_size)
     tok = cfg.data.endswith("-tok")
@@ -591,7 +592,7 @@ def predict(mode, inputs, flags):
             lines = [line.lower() for line in lines]
         ids = encode_text(sp, filter(None, lines), cfg.max_len)
         translations = iter(translate(model, sp, ids, cfg, device, cfg.beam_size) if ids else ())
-    for line in lines:
+    for line in lines:  # on the standard output: nothing but translations
         say(next(translations) if line else "")
 
 
@@ -849,9 +850,10 @@ def main(argv=None):
     old = ckpt or (load_checkpoint(cfg.init) if cfg.init else {})  # weights and vocabulary belong together
     vocabulary = old["vocabulary"] if old else train_vocabulary(sum(data["train"], []), cfg)
     sp = tokenizer(vocabulary)
-    src, tgt = (encode_text(sp, side, cfg.max_len) for side in data["train"])
-    batches = make_batches(src, tgt, cfg.batch_size, device)
-    schedule, count = len(batches) * cfg.epochs, round(statistics.fmean(tokens for *_, tokens in batches))
+    ids = [encode_text(sp, side, cfg.max_len) for side in data["train"]]
+    batches = make_batches(*ids, cfg.batch_size, device)
+    count = round(statistics.fmean(tokens for *_, tokens in batches))  # of a batch
+    schedule = len(batches) * cfg.epochs
     total = min(cfg.max_steps or schedule, schedule)
     say(f"pairs: {', '.join(f'{len(pair[0]):,} {name}' for name, pair in data.items())}; "
         f"vocabulary: {len(sp):,}; steps: {total:,} of {count:,} tokens")
@@ -876,9 +878,9 @@ def main(argv=None):
         of target tokens in the whole batch."""
         epoch, place = divmod(step - 1, len(batches))
         order = np.random.default_rng(seed_for(cfg.seed, epoch)).permutation(len(batches))
-        src, tgt, tokens = batches[order[place]]
+        source, target, tokens = batches[order[place]]
         torch.manual_seed(seed_for(cfg.seed, step, RANK))  # of the dropout
-        return src[RANK::WORLD], tgt[RANK::WORLD], tokens
+        return source[RANK::WORLD], target[RANK::WORLD], tokens
 
     def update(step, batch):
         """One optimizer step; returns the parts of the loss."""
@@ -890,7 +892,7 @@ def main(argv=None):
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             logits = model(src, F.pad(tgt, (1, -1), value=BOS))  # shifted right
         losses = loss_sums(logits, tgt, cfg.label_smoothing, cfg.rdrop)
-        losses = {name: total * WORLD / tokens for name, total in losses.items()}
+        losses = {name: value * WORLD / tokens for name, value in losses.items()}  # DDP takes the mean
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()

@@ -55,7 +55,7 @@ from matplotlib.figure import Figure
 
 @dataclass
 class Config:
-    # the same in all five scripts
+    # the same in all five scripts; a comment is the help of its flag, and may begin with choices: a|b|c
     data: str = "auto"  # demo, fashionmnist, mnist or a folder of images; auto: one in data/, or demo
     out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
     save: str = ""  # folder for predictions (default: the folder of the checkpoint)
@@ -81,16 +81,16 @@ class Config:
     hidden: int = 512  # units of the dense layers
     image_size: int = 28  # side in pixels; smaller images are padded, those of a folder resized
     kl_weight: float = 1.0  # weight of the KL divergence (beta of a beta-VAE)
-    kl_warmup: float = 0.5  # share of the training in which that weight rises from 0
+    kl_warmup: float = 0.5  # share of the training in which kl_weight rises from 0
     iwae_k: int = 5000  # samples per image for the IWAE bound of the test
-    iwae_n: int = 64  # test images for that bound
+    iwae_n: int = 64  # test images for that bound, at most
     n: int = 64  # sample: number of images
     from_class: str = ""  # interpolate: the class to start from (default: the first by name)
     to_class: str = ""  # interpolate: the class to end at (default: the last by name)
 
 
 PRESETS = {"demo": {"epochs": 8, "iwae_k": 500}}
-MODES = {"train": "", "eval": "", "sample": "", "interpolate": "", "encode": "FOLDER"}  # and inputs
+MODES = {"train": "", "eval": "", "sample": "", "interpolate": "", "encode": "FOLDER"}  # mode: its inputs
 UNIT = "images"  # what a batch is counted in
 SHAPE = {"likelihood", "latent_dim", "width", "hidden", "image_size"}  # fields that a checkpoint fixes
 
@@ -111,13 +111,13 @@ class VAE(nn.Module):
     """The encoder q(z|x) = N(mu, diag(exp(logvar))) and the decoder p(x|z), its mirror (section 3).
 
     x is (B, 1, S, S) in [0, 1], S = image_size; z is (B, latent_dim). Convolutions halve the side, rounded
-    up, and double it again: 28, 14, 7, 4, then 8, 16, 32, cut to 28. No layer mixes the images of a batch.
+    up, and double it again: 28, 14, 7, 4, then 8, 16, 32, cut to 28, with 1, 32, 64, 128 channels and back.
     """
 
     def __init__(self, latent_dim=2, channels=(32, 64, 128), image_size=32, hidden=512):
         super().__init__()
         self.image_size, down, up = image_size, [], []
-        for c_in, c_out in zip((1, *channels), channels):  # the decoder's layers from last to first
+        for c_in, c_out in zip((1, *channels), channels):  # `up` is built from its end
             down += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GELU()]
             up = [nn.GELU(), nn.ConvTranspose2d(c_out, c_in, 3, stride=2, padding=1, output_padding=1), *up]
         side = math.ceil(image_size / 2 ** len(channels))  # of the smallest map
@@ -209,7 +209,7 @@ def torchvision_set(name):
 
 def read_images(folder, size):
     """All images under a folder as (N, size, size) uint8, and their paths. Each is turned upright by its EXIF
-    tag, put on white if it is transparent, made grey, and padded to a square."""
+    tag, put on white if it is transparent, made grey, and resized into a square with black margins."""
     from PIL import Image, ImageOps
     images, bad, endings = {}, [], "jpg jpeg png gif bmp pgm ppm tif tiff webp".split()
     for path in find_files(Path(folder)):
@@ -265,7 +265,7 @@ def load_data(cfg):
 
 def target_pixels(images, likelihood, fixed=False):
     """The x of p(x|z): uint8 (B, S, S) -> pixels (B, 1, S, S), grey, or for "bernoulli" drawn as 0 or 1;
-    `fixed` draws them alike at every call, as validation and test must."""
+    `fixed` draws them alike at every call, on the CPU, as validation and test must."""
     x, generator = images[:, None] / 255, torch.Generator().manual_seed(1) if fixed else None
     return torch.bernoulli(x, generator=generator) if likelihood == "bernoulli" else x
 
@@ -353,8 +353,8 @@ def evaluate(model, cfg, x, device):
 
 @torch.no_grad()
 def iwae_gap(model, cfg, x, device):
-    """IWAE bound minus ELBO: the mean over iwae_n images of x, and its standard error. This gap varies less
-    than the bound itself, so that few images suffice."""
+    """IWAE bound minus ELBO: the mean over iwae_n images of x, and its standard error. The gap varies less
+    between images than the bound, so that few images suffice."""
     x = x[:: math.ceil(len(x) / cfg.iwae_n)]
     gaps = torch.zeros(len(x), device=device)
     for i in range(RANK, len(x), WORLD):
@@ -452,6 +452,8 @@ def predict(mode, inputs, flags):
         z = torch.lerp(means[start], means[end], torch.linspace(0, 1, 10)[:, None])
         save_grid(generate(model, z, device), path, 10)
     else:
+        if len(inputs) > 1:
+            raise UserError(f"encode takes one folder, not {' '.join(inputs)}")
         images, paths = read_images(inputs[0], cfg.image_size)
         np.save(path, codes(model, images, device).numpy())
         text = "".join(f"{p}\n" for p in paths)
@@ -714,7 +716,7 @@ def main(argv=None):
     say(f"images: {len(images):,} train, {len(val):,} val, {len(data['test'][0]):,} test; steps: {total:,}")
 
     torch.manual_seed(cfg.seed)
-    raw = build(cfg, device)  # without the wrapper of DDP
+    raw = build(cfg, device)
     if cfg.init and not ckpt:
         load_weights(raw, load_checkpoint(cfg.init)["model"])
     optimizer = torch.optim.Adam(raw.parameters(), cfg.lr, fused=True)
@@ -743,7 +745,7 @@ def main(argv=None):
             group["lr"] = learning_rate(cfg, step, schedule)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             logits, mu, logvar = model(x)
-        share = WORLD / count  # makes the mean over processes, which DDP takes, that over images
+        share = WORLD / count  # DDP takes the mean over processes: this makes it that over images
         reconstruction = -log_likelihood(logits, x, cfg.likelihood).sum() * share
         kl = kl_divergence(mu, logvar).sum() * share
         warmed_up = min(1, step / max(1, cfg.kl_warmup * schedule))
