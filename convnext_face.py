@@ -12,22 +12,21 @@
     python convnext_face.py verify a.jpg b.jpg                # the same person?
     python convnext_face.py identify people/ who.jpg          # the most similar people of a folder
 
-Measured on one thread of a CPU with bfloat16 (AMD EPYC), other work beside it; one run each, seed 0:
+Measured on one thread of a CPU with bfloat16 (AMD EPYC), other work beside it; one run each, seed 0. The
+recipe `hw2p2-full` has not been measured.
 
     --data demo     99.8 % of 100 people right, EER 3.13 % on 40 unseen people; 1.4 minutes
     --data hw2p2    152 people: 69.4 % right; 15 unseen people: 39.3 % identified, EER 24.2 %; 65 minutes
                     that model on LFW View 1 (DevTest): accuracy 86.2 %, AUC 93.4 %, EER 14.2 %
 
-The 7,000 people of HW2P2, and the recipe `hw2p2-full`, have not been measured.
-
-Papers: Liu et al., "A ConvNet for the 2020s", 2022, arXiv 2201.03545; Wen et al., "A Discriminative Feature
-Learning Approach for Deep Face Recognition" (center loss), 2016; Deng et al., "ArcFace", 2019, arXiv
-1801.07698; Huang et al., "Deep Networks with Stochastic Depth", 2016, arXiv 1603.09382. Muon: Jordan et
-al., 2024. Data: CMU 11-785, fall 2022, HW2P2 (Kaggle); Huang et al., "Labeled Faces in the Wild", 2007.
+Papers: Liu et al., "A ConvNet for the 2020s", arXiv 2201.03545; Wen et al., "A Discriminative Feature
+Learning Approach for Deep Face Recognition" (center loss), 2016; Deng et al., "ArcFace", arXiv 1801.07698;
+Huang et al., "Deep Networks with Stochastic Depth", arXiv 1603.09382; Jordan et al., Muon, 2024. Data: CMU
+11-785, fall 2022, HW2P2 (Kaggle); Huang et al., "Labeled Faces in the Wild", 2007.
 """
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "torchvision>=0.24", "numpy", "matplotlib"]
+# dependencies = ["torch>=2.9", "numpy", "matplotlib"]
 # ///
 import argparse
 import contextlib
@@ -44,7 +43,6 @@ import re
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +57,12 @@ from matplotlib.figure import Figure
 
 @dataclass
 class Config:
-    # the same in all five scripts
+    # the same in all five scripts; a comment is the help of its flag, and may begin with choices: a|b|c
     data: str = "auto"  # demo, hw2p2, hw2p2-full or a folder of people; auto: one in data/, or demo
     out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
     save: str = ""  # folder for predictions (default: the folder of the checkpoint)
     ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)
-    init: str = ""  # first weights: a checkpoint, or imagenet: torchvision's for --size tiny
+    init: str = ""  # checkpoint whose weights a new run starts from
     resume: bool = False  # continue the run in --out from its last.pt, if there is one
     device: str = "auto"  # auto|cpu|cuda: where to run
     dtype: str = "auto"  # auto|float32|bfloat16: precision of training (autocast); metrics are always float32
@@ -96,9 +94,9 @@ PRESETS = {"demo": {"size": "mini", "image_size": 32, "lr": 4e-3, "epochs": 20, 
            "hw2p2-full": {"size": "tiny", "image_size": 224, "stem_stride": 4, "batch_size": 512,
                           "lr": 1e-3, "epochs": 60, "warmup": 2000, "ema": 0.9999, "augment": 0.6,
                           "eval_every": 2000}}
-MODES = {"train": "", "eval": "", "verify": "IMAGE IMAGE", "identify": "GALLERY IMAGE..."}  # and inputs
+MODES = {"train": "", "eval": "", "verify": "IMAGE IMAGE", "identify": "GALLERY IMAGE..."}  # mode: its inputs
 UNIT = "images"  # what a batch is counted in
-SHAPE = {"size", "image_size", "stem_stride"}  # what a checkpoint alone decides
+SHAPE = {"size", "image_size", "stem_stride"}  # fields that a checkpoint fixes
 LAYER_SCALE = 1.0  # the paper's 1e-6 is for deep networks: with it a short run learns less
 SCALE = 16.0  # of the cosines in the softmax; exp(16) outweighs thousands of other people
 SIZES = {"mini": ((1, 1, 2, 1), (24, 48, 96, 192)), "micro": ((1, 1, 5, 1), (32, 64, 128, 256)),
@@ -155,9 +153,8 @@ class CosineHead(nn.Module):
 class ConvNeXt(nn.Module):
     """ConvNeXt: normalised images (B, 3, S, S), S at least 8 * stem_stride -> logits (B, num_classes).
 
-    The stem keeps the paper's 4x4 kernel at any stride, so that weights fit; at stride 2 its patches overlap.
-    Weights start with variance 1 / fan-in: the paper's standard deviation of 0.02 is too small for narrow
-    layers. `cosine` replaces the linear head by a CosineHead.
+    The stem keeps the paper's 4x4 kernel at any stride: at stride 2 its patches overlap. Weights start with
+    variance 1 / fan-in: the paper's standard deviation of 0.02 is too small for narrow layers.
     """
 
     def __init__(self, num_classes, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768), drop_path_rate=0.0,
@@ -194,27 +191,21 @@ class ConvNeXt(nn.Module):
 
     def load_torchvision(self, state_dict):
         """Takes the weights of torchvision's ConvNeXt; RuntimeError names those that do not fit."""
-        self.load_state_dict(from_torchvision(state_dict))
-
-
-def from_torchvision(state_dict):
-    """The weights of torchvision's ConvNeXt under the names of this one."""
-    names = {"block.0": "depthwise", "block.2": "norm", "block.3": "expand", "block.5": "reduce",
-             "layer_scale": "gamma", "classifier.0": "norm", "classifier.2": "head"}
-    state = {}
-    for key, value in state_dict.items():
-        for theirs, ours in names.items():
-            key = key.replace(theirs, ours)
-        state[key] = value.flatten() if key.endswith("gamma") else value
-    return state
+        names = {"block.0": "depthwise", "block.2": "norm", "block.3": "expand", "block.5": "reduce",
+                 "layer_scale": "gamma", "classifier.0": "norm", "classifier.2": "head"}
+        state = {}
+        for key, value in state_dict.items():
+            for theirs, ours in names.items():
+                key = key.replace(theirs, ours)
+            state[key] = value.flatten() if key.endswith("gamma") else value
+        self.load_state_dict(state)
 
 
 class CenterLoss(nn.Module):
     """L_C = 1/2 |x_i - c_{y_i}|^2, each person's center c following the features (Wen et al., equations 2-4).
 
-    forward(features (B, D), labels (B,)) -> the mean over the batch, or with reduction="sum" the paper's sum.
-    The centers are not trained by gradients: `update` subtracts alpha sum(c - x) / (1 + n) from the center c
-    of n samples x (equation 4). The sums go over all processes, so that several do as one does.
+    forward(features (B, D), labels (B,)) -> the sum over the batch. The centers have no gradients: `update`
+    subtracts alpha sum(c - x) / (1 + n) from the center c of n samples x, summed over all processes.
     """
 
     def __init__(self, num_classes, dim, alpha=0.5):
@@ -222,31 +213,30 @@ class CenterLoss(nn.Module):
         self.register_buffer("centers", torch.zeros(num_classes, dim))
         self.alpha = alpha
 
-    def forward(self, features, labels, reduction="mean"):
-        loss = 0.5 * ((features - self.centers[labels]) ** 2).sum()  # equation 2
-        return loss / len(features) if reduction == "mean" else loss
+    def forward(self, features, labels):
+        return 0.5 * ((features - self.centers[labels]) ** 2).sum()
 
     @torch.no_grad()
-    def update(self, features, labels):
+    def update(self, features, labels):  # equation 4
         differences = torch.zeros_like(self.centers).index_add_(0, labels, self.centers[labels] - features)
         counts = torch.zeros_like(self.centers[:, :1]).index_add_(0, labels, torch.ones_like(features[:, :1]))
         self.centers -= self.alpha * all_sum(differences) / (1 + all_sum(counts))
 
 
 def add_margin(logits, labels, scale=SCALE, margin=0.2):
-    """ArcFace: s cos(theta) becomes s cos(theta + margin) for each sample's own class (equation 3):
-    (B, classes), labels (B,) -> (B, classes). Where theta + margin > pi, cos(theta) - margin sin(margin) is
-    taken, which still falls as theta rises."""
+    """ArcFace, equation 3: s cos(theta) of each sample's own class becomes s cos(theta + margin), or, where
+    theta + margin > pi, s (cos(theta) - margin sin(margin)), which still falls as theta rises: (B, classes),
+    labels (B,) -> (B, classes)."""
     cos = (logits.gather(1, labels[:, None]) / scale).clamp(-1 + 1e-6, 1 - 1e-6)
-    moved = cos * math.cos(margin) - (1 - cos**2).sqrt() * math.sin(margin)
-    moved = torch.where(cos > -math.cos(margin), moved, cos - margin * math.sin(margin))
-    return logits.scatter(1, labels[:, None], scale * moved)
+    own = cos * math.cos(margin) - (1 - cos**2).sqrt() * math.sin(margin)
+    own = torch.where(cos > -math.cos(margin), own, cos - margin * math.sin(margin))
+    return logits.scatter(1, labels[:, None], scale * own)
 
 
 # DATA -------------------------------------------------------------------------------------------------------
 AUTO = {"hw2p2": "11-785-f22-hw2p2-classification"}  # what --data auto looks for in data/NAME
 REAL = "data/README.md says how to get hw2p2"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, so that --init imagenet fits
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
 
 
 def demo_faces(first, people, each, size):
@@ -322,77 +312,48 @@ def find_folder(folder, name):
 
 
 def find_people(folder):
-    """{image: person} of a folder with one sub-folder per person; those without images are named."""
-    people = {p.name: find_images(p) for p in find_files(folder, "*") if p.is_dir()}
-    if empty := [name for name, paths in people.items() if not paths]:
-        say(f"note: {len(empty)} sub-folders of {folder} hold no images, skipped: {', '.join(empty[:5])}")
-    return {path: name for name, paths in people.items() for path in paths}
+    """{image: person} of a folder with one sub-folder per person."""
+    people = [p for p in find_files(folder, "*") if p.is_dir()]
+    return {path: p.name for p in people for path in find_images(p)}
 
 
-def read_image(path, size, lfw):
-    """A file of any mode and depth -> RGB (size, size, 3) uint8: its middle square; of LFW's own 250x250
-    images the middle 112x112, where the face is."""
+def read_faces(paths, size, lfw=False):
+    """The images that can be read, (N, 3, size, size) uint8, and their N paths. Each is turned upright and
+    cut to its middle square; with `lfw`, one of 250x250 pixels to the middle 112x112, where the face is."""
     from PIL import Image, ImageOps
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # more than 8 bits, which convert("RGB") would clip
-            values = np.asarray(image, float).clip(0)
-            image = Image.fromarray((values * 255 / max(1, values.max())).astype(np.uint8))
-        if lfw and image.size == (250, 250):
-            image = image.crop((69, 69, 181, 181))
-        return np.array(ImageOps.fit(image.convert("RGB"), (size, size)))
-
-
-def read_faces(paths, size, cache=False, lfw=False):
-    """Those of the images that can be read: ((N, 3, size, size) uint8, N paths). UserError if more than 5 %
-    cannot. With `cache`, rank 0 keeps them in data/cache, in a file whose name depends on all that goes in;
-    what could not be read is tried again each time."""
-    inputs = [(str(path), path.exists() and path.stat().st_mtime_ns) for path in paths]
-    kept = Path("data", "cache", f"faces-{seed_for('faces 2', inputs, size, lfw):x}.pt")
-    images, failed = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), range(len(paths))
-    while cache and (RANK or kept.exists()):  # the other processes wait for rank 0
-        with contextlib.suppress(Exception):  # not there yet; or damaged, then it is made again
-            images, failed = torch.load(kept, weights_only=True, mmap=True)
-            break
-        if RANK == 0:
-            break
-        time.sleep(1)
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
 
     def read(i):
         try:
-            images[i] = torch.from_numpy(read_image(paths[i], size, lfw)).permute(2, 0, 1)
+            image = ImageOps.exif_transpose(Image.open(paths[i])).convert("RGB")
+            if lfw and image.size == (250, 250):
+                image = image.crop((69, 69, 181, 181))
+            pixels = np.array(ImageOps.fit(image, (size, size)))
+            images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
         except Exception as e:  # a damaged image can raise nearly anything
             return f"{paths[i]} ({type(e).__name__})"
 
     with ThreadPoolExecutor() as pool:
-        errors = {i: error for i, error in zip(failed, pool.map(read, failed)) if error}
-    text = f"{len(errors)} of {len(paths)} images are missing or unreadable"
-    first = ", ".join([*errors.values()][:5])
-    if len(errors) > 0.05 * len(paths):
-        raise UserError(f"{text} (limit: 5 %): {first}")
-    if errors:
-        say(f"note: {text}, skipped: {first}")
-    if cache and RANK == 0 and len(errors) < len(failed):
-        part = kept.with_suffix(f".{os.getpid()}.part")
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.save((images, [*errors]), part)
-            os.replace(part, kept)
-        except (OSError, RuntimeError) as e:
-            part.unlink(missing_ok=True)
-            raise UserError(f"{kept}: cannot be written ({e}); make room") from None
-    good = [i for i in range(len(paths)) if i not in errors]
-    return images[good] if errors else images, [paths[i] for i in good]
+        errors = list(pool.map(read, range(len(paths))))
+    bad = [error for error in errors if error]
+    text = f"{len(bad)} of {len(paths)} images are missing or unreadable"
+    if len(bad) > 0.05 * len(paths):
+        raise UserError(f"{text} (limit: 5 %): {', '.join(bad[:5])}")
+    if bad:
+        say(f"note: {text}, skipped: {', '.join(bad[:5])}")
+        good = [i for i, error in enumerate(errors) if not error]
+        images, paths = images[good], [paths[i] for i in good]
+    return images, paths
 
 
 def divide(people):
     """The splits of {image: person}. Of 20 people or more every tenth is "unseen"; of each other person's
     images a tenth goes to "val" and a tenth to "test", at least one each if there are three."""
-    images_of, splits = defaultdict(list), {split: {} for split in ("train", "val", "test", "unseen")}
+    images_of, splits = {}, {split: {} for split in ("train", "val", "test", "unseen")}
     for path, name in people.items():
-        images_of[name].append(path)
+        images_of.setdefault(name, []).append(path)
     for number, (name, paths) in enumerate(images_of.items(), 1):
-        n = max(len(paths) // 10, 1 if len(paths) > 2 else 0)
+        n = max(len(paths) // 10, int(len(paths) > 2))
         parts = {"val": paths[:n], "test": paths[n : 2 * n], "train": paths[2 * n :]}
         if len(images_of) >= 20 and number % 10 == 0:
             parts = {"unseen": paths}
@@ -401,36 +362,25 @@ def divide(people):
     return splits
 
 
-def given_splits(train):
-    """The splits in a folder `train` and those beside it: val or dev, and test, if that has sub-folders."""
-    val = train.with_name("val" if train.with_name("val").is_dir() else "dev")
-    splits = {"train": find_people(train), "val": find_people(val),
-              "test": find_people(train.with_name("test")), "unseen": {}}
-    for split in ("val", "test"):
-        different = sorted(set(splits["train"].values()) ^ set(splits[split].values()))
-        if different and (splits[split] or split == "val"):
-            beside = "dev or val" if split == "val" else split
-            raise UserError(f"{train} and {beside} beside it must have the same people; {len(different)} are "
-                            f"in one only: {', '.join(different[:5])}")
-    return splits
-
-
-def number_of(file):
-    """The number in a name such as 000012.jpg as Kaggle's CSV files write it: "12"."""
-    return file.stem.lstrip("0") or "0"
+def given_splits(folder):
+    """The splits in the sub-folders train, val or dev, and perhaps test, of a folder."""
+    train, val, dev, test = (find_people(folder / name) for name in ("train", "val", "dev", "test"))
+    for people, name in ((val or dev, "val or dev"), (test or val or dev, "test")):
+        different = sorted(set(train.values()) ^ set(people.values()))
+        if different:
+            raise UserError(f"{folder}: train and {name} must have the same people; {len(different)} are in "
+                            f"one only: {', '.join(different[:5])}")
+    return {"train": train, "val": val or dev, "test": test, "unseen": {}}
 
 
 def read_identities(path, files):
-    """{image: person} of a CSV with the columns id and label. An id is a file's name or number."""
-    ids = {key: file for file in files for key in (file.name, number_of(file))}
+    """{image: person} of a CSV with the columns id, the number that is the image's name, and label."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
-            people = {ids[row["id"]]: row["label"] for row in csv.DictReader(lines)}
-        if (count := sum(map(bool, people.values()))) < len(files):
-            raise ValueError(f"it names {count} of {len(files)} images")
-    except (KeyError, ValueError, csv.Error) as e:
-        raise UserError(f"{path}: must have id,label for each image beside it ({e!r})") from None
-    return people
+            labels = {int(row["id"]): row["label"] for row in csv.DictReader(lines) if row["label"]}
+        return {file: labels[int(file.stem)] for file in files}
+    except (KeyError, TypeError, ValueError, csv.Error) as e:
+        raise UserError(f"{path}: must have id,label for each of {len(files)} images ({e!r})") from None
 
 
 def load_data(cfg):
@@ -440,51 +390,38 @@ def load_data(cfg):
     if cfg.data == "demo":
         return demo_data(cfg.image_size)
     folder = Path("data", "hw2p2") if cfg.data in ("hw2p2", "hw2p2-full") else Path(cfg.data)
-    if not folder.is_dir():
-        raise UserError(f"--data {cfg.data}: there is no folder {folder}; data/README.md shows the layouts")
-    train, known = find_folder(folder, "train"), find_folder(folder, "known")
-    given = train and any(p.is_dir() for p in find_files(train, "*"))
-    splits = given_splits(train) if given else divide(find_people(folder))
-    classes = sorted(set(splits["train"].values()))
-    if len(classes) < 2 or not splits["val"]:
-        raise UserError(f"{folder}: {len(classes)} people with images; it takes two sub-folders, one per "
-                        "person, and three images of somebody")
-    if all(re.fullmatch("train(ing)?|val(id(ation)?)?|dev|test", name, re.I) for name in classes):
-        raise UserError(f"{folder}: {' and '.join(classes)} are no people; splits are called train, dev or "
-                        "val, and test, and have one sub-folder per person")
-    submit = {}
-    if given and not splits["test"]:
-        submit["classification"] = find_images(train.with_name("test"))
-    if given and known:
-        gallery, files = find_people(known), find_images(known.with_name("unknown_dev"))
-        probes = read_identities(known.with_name("dev_identities.csv"), files) if files else {}
-        submit["verification"] = find_images(known.with_name("unknown_test"))
-        if not gallery:
-            raise UserError(f"{known}: no sub-folders with images; it takes one per person")
-        if strangers := set(probes.values()) - set(gallery.values()):
-            say(f"note: the faces of {len(strangers)} people who are not in {known} are left out")
-        probes = {path: name for path, name in probes.items() if name not in strangers}
-    else:
-        unseen = splits["unseen"] or splits["val"] | splits["test"]
-        every = (len(unseen) - 1) // 2000 + 1  # person is taken: 2,000 faces are two million pairs
-        people = set(sorted(set(unseen.values()))[::every])
-        probes = {path: name for path, name in unseen.items() if name in people}
-        first = {}  # image of each person
-        for path, name in probes.items():
-            first.setdefault(name, path)
-        gallery = {path: name for name, path in first.items()}
-    faces = gallery | probes
-    if shared := sorted(set(faces.values()) & set(classes)):
+    train, known, submit = find_folder(folder, "train"), find_folder(folder, "known"), {}
+    if train:  # train/PERSON/IMAGE
+        splits = given_splits(train.parent)
+        if not splits["test"]:  # images without labels
+            submit["classification"] = find_images(train.parent / "test")
+    else:  # PERSON/IMAGE
+        splits = divide(find_people(folder))
+    if train and known:  # HW2P2's verification
+        gallery, files = find_people(known), find_images(known.parent / "unknown_dev")
+        others = read_identities(known.parent / "dev_identities.csv", files)
+        submit["verification"] = find_images(known.parent / "unknown_test")
+    else:  # the first image of each person is the gallery; some people go if there are over 2,000 images
+        others = splits["unseen"] or splits["val"] | splits["test"]
+        first = {name: path for path, name in reversed(others.items())}  # earlier images overwrite later ones
+        gallery = {first[name]: name for name in sorted(first)[:: len(others) // 2000 + 1]}
+    classes, people = sorted(set(splits["train"].values())), sorted(set(gallery.values()))
+    faces = gallery | {path: name for path, name in others.items() if name in people}
+    if min(len(classes), len(people)) < 2 or len(faces) == len(gallery) or not splits["val"]:
+        raise UserError(f"{folder}: {len(classes)} people to learn and {len(people)} to verify; it takes two "
+                        "of each, one sub-folder and three images per person; see data/README.md")
+    shared = sorted(set(people) & set(classes))
+    if shared:
         say(f"warning: {len(shared)} people are verified that are trained on: {', '.join(shared[:5])}")
 
-    def read(people, classes):
-        images, paths = read_faces(list(people), cfg.image_size, cache=True)
-        number = {name: i for i, name in enumerate(classes)}
-        return images, torch.tensor([number[people[path]] for path in paths]), paths
+    def read(owner, names):
+        images, paths = read_faces(list(owner), cfg.image_size)
+        number = {name: i for i, name in enumerate(names)}
+        return images, torch.tensor([number[owner[path]] for path in paths]), paths
 
     data = {split: read(splits[split], classes)[:2] for split in ("train", "val", "test") if splits[split]}
     data.setdefault("test", data["val"])
-    *unseen, paths = read(faces, sorted(set(faces.values())))
+    *unseen, paths = read(faces, people)
     return data | {"classes": classes, "unseen": unseen, "known": sum(path in gallery for path in paths),
                    "names": [f"{faces[path]}/{path.name}" for path in paths], "submit": submit}
 
@@ -494,24 +431,23 @@ def read_pairs(path, folder):
     each kind (View 1), or the number of folds and of pairs of each kind in each (pairs.txt, View 2)."""
     pairs, number = [], 1
     try:
-        head, *lines = path.read_text(encoding="utf-8").split("\n")
+        head, *lines = path.read_text(encoding="utf-8").rstrip().split("\n")
         sizes = [int(field) for field in head.split()]
         folds, each = sizes if len(sizes) == 2 else (1, *sizes)
         for number, line in enumerate(lines, 2):
-            if fields := line.split():
-                same = len(fields) == 3  # NAME I J: images I and J of one person; else NAME I NAME J
-                a, i, b, j = [*fields[:2], fields[0], fields[2]] if same else fields
-                if "/" in a + b:
-                    raise ValueError("a name holds a slash")
-                files = [folder / name / f"{name}_{int(n):04}.jpg" for name, n in ((a, i), (b, j))]
-                pairs.append((*files, same, len(pairs) // (2 * each)))
-    except (ValueError, ZeroDivisionError) as e:
-        raise UserError(f"{path}, line {number}: is not NAME I J or NAME I NAME J, or the first line not the "
-                        f"number of pairs ({e})") from None
-    found = Counter((fold, same) for *_, same, fold in pairs)
-    if len(pairs) != 2 * folds * each or set(found.values()) != {each}:
-        raise UserError(f"{path}: has {len(pairs)} pairs, or in another order than its first line says: "
-                        f"{each} of one person, then {each} of two, in each of {folds} folds")
+            fold, place = divmod(len(pairs), 2 * each)
+            fields = line.split()
+            if place < each:  # NAME I J: images I and J of one person; else NAME I NAME J
+                fields.insert(2, fields[0])
+            a, i, b, j = fields
+            files = [folder / name / f"{name}_{int(n):04}.jpg" for name, n in ((a, i), (b, j))]
+            pairs.append((*files, place < each, fold))
+    except (ValueError, IndexError, ZeroDivisionError) as e:
+        raise UserError(f"{path}, line {number}: must be NAME I J in the first half of a fold, NAME I NAME J "
+                        f"in the second, and in the first line their number ({e})") from None
+    if not pairs or len(pairs) != 2 * folds * each:
+        raise UserError(f"{path}: has {len(pairs)} pairs; its first line says {folds} times {each} of one "
+                        f"person and {each} of two")
     return pairs
 
 
@@ -541,38 +477,33 @@ def augment(x, strength):
     return x.clamp(0, 1).masked_fill((near[:, 0, :, None] & near[:, 1, None, :])[:, None], 0.5)
 
 
-@functools.lru_cache(1)
-def statistics_on(device):
-    return torch.tensor((MEAN, STD), device=device).view(2, 3, 1, 1)
-
-
 def normalised(images, device, strength=0.0):
     """uint8 (B, 3, S, S) -> what the network takes, augmented with that strength."""
-    mean, std = statistics_on(device)
+    mean, std = torch.tensor([MEAN, STD]).view(2, 3, 1, 1).to(device, non_blocking=True)
     x = (augment(images.to(device).float() / 255, strength) - mean) / std
     return x.contiguous(memory_format=torch.channels_last)
 
 
 # METRICS ----------------------------------------------------------------------------------------------------
 def roc(scores, same):
-    """(false accept rate, true accept rate, threshold) for each distinct score, from the highest down, and
-    before them (0, 0, inf). ValueError unless there are pairs of both kinds, as many as finite scores."""
+    """False accept rates, true accept rates, and thresholds, from the highest down: what lies above one is
+    accepted. ValueError unless there are pairs of both kinds, as many as finite scores."""
     scores, same = (np.asarray(v, float).ravel() for v in (scores, same))
     if scores.shape != same.shape or not 0 < same.sum() < len(same) or not np.isfinite(scores).all():
         raise ValueError(f"{len(scores)} scores, {same.sum():.0f} of {len(same)} pairs the same: takes both")
     order = np.argsort(-scores, kind="stable")
     scores, same = scores[order], same[order]
-    last = np.r_[np.flatnonzero(np.diff(scores)), len(scores) - 1]  # of equal scores
-    accepted = np.cumsum(same)[last]
-    far, tar = (last + 1 - accepted) / (len(same) - same.sum()), accepted / same.sum()
-    return np.r_[0, far], np.r_[0, tar], np.r_[np.inf, scores[last]]
+    last = np.flatnonzero(np.diff(scores, append=-np.inf))  # of equal scores
+    accepted = np.r_[0, np.cumsum(same)[last]]
+    far, tar = (np.r_[0, last + 1] - accepted) / (len(same) - same.sum()), accepted / same.sum()
+    scores = np.r_[scores[0] + 1, scores[last], scores[-1] - 1]
+    return far, tar, (scores[:-1] + scores[1:]) / 2  # half-way between two scores
 
 
 def verification_metrics(scores, same):
     """Figures of scores (N,), the higher the more alike, for pairs that are the same person's or not (N,):
     {"auc", "eer", "tar_at_far": {0.01, 0.001}, "threshold"}, all but the last 0-1. The EER is where straight
-    lines between the ROC's points cross FAR = 1 - TAR; the threshold is half-way down from the score there to
-    the next, so that `score > threshold` is what is accepted. ValueError as `roc`."""
+    lines between the ROC's points cross FAR = 1 - TAR; the threshold is the next point's."""
     far, tar, threshold = roc(scores, same)
     excess = far - (1 - tar)  # rises from -1 to 1
     i = int(np.argmax(excess >= 0))
@@ -580,16 +511,14 @@ def verification_metrics(scores, same):
     return {"auc": float((np.diff(far) * (tar[1:] + tar[:-1]) / 2).sum()),
             "eer": float(far[i - 1] + share * (far[i] - far[i - 1])),
             "tar_at_far": {limit: float(tar[far <= limit].max()) for limit in (0.01, 0.001)},
-            "threshold": float(np.r_[threshold, threshold[-1] - 1][i : i + 2].mean())}
+            "threshold": float(threshold[i])}
 
 
 def best_threshold(scores, same):
-    """The threshold, in the middle between two scores, that most pairs are judged rightly with."""
+    """The threshold that judges most pairs rightly."""
     far, tar, threshold = roc(scores, same)
     positive = float(np.asarray(same, float).sum())
-    i = int(np.argmax(tar * positive - far * (len(scores) - positive)))
-    threshold = np.r_[threshold[1] + 1, threshold[1:], threshold[-1] - 1]
-    return float((threshold[i] + threshold[i + 1]) / 2)
+    return float(threshold[np.argmax(tar * positive - far * (len(scores) - positive))])
 
 
 def lfw_accuracy(scores, same, folds):
@@ -607,13 +536,12 @@ def lfw_accuracy(scores, same, folds):
 # EVALUATE, PREDICT ------------------------------------------------------------------------------------------
 @torch.no_grad()
 def embed(model, images, device):
-    """uint8 (N, 3, S, S) -> unit embeddings (N, D) and the likeliest classes (N,), both of four views of an
-    image: itself, its middle 60 %, and both flipped (training zooms in, too). Each process does its share;
-    all get the result, on the CPU."""
+    """uint8 (N, 3, S, S) -> unit embeddings (N, D) and the likeliest classes (N,), on the CPU, both of four
+    views: an image, its middle 60 % (training zooms in, too), and both flipped."""
     model.eval()
     table = torch.zeros(len(images), model.norm.weight.numel() + 1, device=device)
     margin = images.shape[2] // 5
-    for start in range(200 * RANK, len(images), 200 * WORLD):
+    for start in range(200 * RANK, len(images), 200 * WORLD):  # each process does its share
         x = normalised(images[start : start + 200], device)
         middle = F.interpolate(x[:, :, margin:-margin, margin:-margin], x.shape[2:], mode="bilinear")
         views = [model(view, True) for view in (x, x.flip(3), middle, middle.flip(3))]
@@ -624,12 +552,6 @@ def embed(model, images, device):
     return table[:, :-1], table[:, -1].long()
 
 
-def all_pairs(embeddings, labels):
-    """Of every two of N faces: places (P,), (P,), cosines (P,), same person or not (P,)."""
-    i, j = torch.triu_indices(len(labels), len(labels), 1)
-    return i, j, (embeddings @ embeddings.T)[i, j], labels[i] == labels[j]
-
-
 def verification(scores, same):
     """`verification_metrics` as figures in percent, and the threshold."""
     metrics = verification_metrics(scores, same)
@@ -638,39 +560,35 @@ def verification(scores, same):
 
 
 def evaluate(model, data, split, device):
-    """(figures in percent, predicted classes (N,) of the split, embeddings (M, D) of the unseen faces, their
-    `all_pairs`, the threshold at their EER). `ident` is the share of unseen faces whose nearest face in the
-    gallery is the same person's."""
+    """(figures in percent, the threshold at the EER, predicted classes (N,), embeddings (M, D) of the unseen
+    faces, their P pairs: places (P,), (P,), cosines (P,), same person or not (P,)). `ident` is the share of
+    unseen faces whose nearest face in the gallery is the same person's."""
     _, classes = embed(model, data[split][0], device)
     z, _ = embed(model, data["unseen"][0], device)
-    labels, known = data["unseen"][1], data["known"]
-    *_, scores, same = pairs = all_pairs(z, labels)
-    figures, threshold = {"acc": 100 * (classes == data[split][1]).double().mean().item()}, 0.5
-    if 0 < same.sum() < len(same):
-        more, threshold = verification(scores, same)
-        figures |= more
-    else:
-        say("warning: the faces to verify give no pairs of both kinds; the threshold of 0.5 is a guess")
-    if 0 < known < len(z):  # the gallery comes first
-        nearest = labels[:known][(z[known:] @ z[:known].T).argmax(1)]
-        figures["ident"] = 100 * (nearest == labels[known:]).double().mean().item()
-    return figures, classes, z, pairs, threshold
+    labels, known = data["unseen"][1], data["known"]  # the gallery comes first
+    i, j = torch.triu_indices(len(z), len(z), 1)
+    scores, same = (z @ z.T)[i, j], labels[i] == labels[j]
+    more, threshold = verification(scores, same)
+    nearest = labels[:known][(z[known:] @ z[:known].T).argmax(1)]
+    figures = {"acc": 100 * (classes == data[split][1]).double().mean().item(), **more,
+               "ident": 100 * (nearest == labels[known:]).double().mean().item()}
+    return figures, threshold, classes, z, (i, j, scores, same)
 
 
 def score(model, cfg, data, folder, device):
-    """The figures of the test set. Writes predictions, pairs, Kaggle's submissions (CSV), and pictures."""
-    figures, classes, z, pairs, threshold = evaluate(model, data, "test", device)
+    """The figures of the test set. Writes predictions, pairs, Kaggle's submissions (CSV), and the ROC."""
+    figures, _, classes, z, pairs = evaluate(model, data, "test", device)
     names, people, known = data["names"], data["classes"], data["known"]
     write_csv(folder / "classes.csv", "label,top1", (
         (people[a], people[b]) for a, b in zip(data["test"][1].tolist(), classes.tolist())))
-    write_pairs(folder, data["unseen"][0], names, *pairs, threshold)
+    write_pairs(folder, names, *pairs)
     for task, files in data["submit"].items():
         if files:
-            faces, paths = read_faces(files, cfg.image_size, cache=True)
+            faces, paths = read_faces(files, cfg.image_size)
             faces, classes = embed(model, faces, device)
             if task == "verification":  # the file's number, and the person
-                nearest = (faces @ z[:known].T).argmax(1).tolist()
-                rows = [(number_of(path), names[k].split("/")[0]) for path, k in zip(paths, nearest)]
+                nearest = [names[k].split("/")[0] for k in (faces @ z[:known].T).argmax(1).tolist()]
+                rows = [(path.stem.lstrip("0") or "0", name) for path, name in zip(paths, nearest)]
             else:  # the file's name, and the person's place among all, from 0
                 rows = [(path.name, k) for path, k in zip(paths, classes.tolist())]
             write_csv(folder / f"{task}_submission.csv", "id,label", rows)
@@ -683,42 +601,23 @@ def write_csv(path, head, rows):
             csv.writer(file, lineterminator="\n").writerows([head.split(","), *rows])
 
 
-def write_pairs(folder, images, names, i, j, scores, same, threshold):
-    """pairs.csv; roc.png: the ROC curve and the distributions of the scores; hardest.png: the pairs with the
-    largest errors. Pair k (of P) is of the images i[k] and j[k], and is one person's if same[k]."""
-    i, j, scores, same = i.tolist(), j.tolist(), scores.numpy(), same.numpy()
+def write_pairs(folder, names, i, j, scores, same):
+    """pairs.csv and roc.png. Pair k (of P) is of the images i[k] and j[k], and is one person's if same[k]."""
+    pairs = zip(i.tolist(), j.tolist(), same.tolist(), scores.tolist())
     write_csv(folder / "pairs.csv", "a,b,same,score", (
-        (names[a], names[b], int(s), f"{score:.6f}") for a, b, s, score in zip(i, j, same, scores)))
-    if RANK or same.all() or not same.any():
-        return
-    figure = Figure((11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(*roc(scores, same)[:2])
-    left.plot(far := np.geomspace(1e-4, 1, 200), 1 - far, "k:", label="where both errors are equal")
-    left.set(xlabel="false accept rate", ylabel="true accept rate", xscale="log", xlim=(1e-4, 1),
+        (names[a], names[b], int(s), f"{score:.6f}") for a, b, s, score in pairs))
+    far, tar, _ = roc(scores, same)
+    figure = Figure((6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(far, tar)
+    axes.set(xlabel="false accept rate", ylabel="true accept rate", xscale="log", xlim=(1e-4, 1),
              ylim=(0, 1.01), title=f"ROC of {len(scores):,} pairs")
-    left.legend()
-    for kind, label in ((same, "same person"), (~same, "different people")):
-        right.hist(scores[kind], np.linspace(-1, 1, 81), density=True, alpha=0.6, label=label)
-    right.axvline(threshold, color="k", ls=":", label=f"threshold {threshold:.3f}")
-    right.set(xlabel="cosine of the embeddings", ylabel="density", xlim=(min(-0.3, scores.min()), 1))
-    right.legend()
-    figure.savefig(folder / "roc.png", dpi=90)
-    figure = Figure((13, 3.2), layout="constrained")
-    figure.suptitle("The pairs with the largest errors, and their cosines")
-    rows = figure.subplots(2, 8, subplot_kw={"xticks": [], "yticks": []})
-    for axes, kind, sign in zip(rows, (same, ~same), (1, -1)):
-        axes[0].set_ylabel("same person" if sign == 1 else "different people")
-        worst = np.flatnonzero(kind)[np.argsort(sign * scores[kind], kind="stable")]
-        for cell, k in zip(axes, worst):
-            cell.imshow(torch.cat([images[i[k]], images[j[k]]], 2).permute(1, 2, 0).numpy())
-            cell.set_title(f"{scores[k]:.2f}", fontsize=10)
-    figure.savefig(folder / "hardest.png", dpi=90)
+    if RANK == 0:
+        figure.savefig(folder / "roc.png", dpi=90)
 
 
 def embed_pairs(model, cfg, path, device):
-    """The pairs of a file, without those of unreadable images, as write_pairs takes them: (images, names, i,
-    j, scores, same), and the fold of each (P,)."""
+    """The pairs of a file, without those of unreadable images: what write_pairs takes, and folds (P,)."""
     pairs = read_pairs(path, Path(cfg.images))
     files = sorted({file for pair in pairs for file in pair[:2]})
     images, files = read_faces(files, cfg.image_size, lfw=True)
@@ -726,48 +625,30 @@ def embed_pairs(model, cfg, path, device):
     rows = [(place[a], place[b], same, fold) for a, b, same, fold in pairs if {a, b} <= place.keys()]
     i, j, same, folds = map(torch.tensor, zip(*rows))
     z, _ = embed(model, images, device)
-    return (images, [file.name for file in files], i, j, (z[i] * z[j]).sum(1), same), folds
+    return [file.name for file in files], i, j, (z[i] * z[j]).sum(1), same, folds
 
 
-def benchmark(model, cfg, ckpt, folder, device):
-    """Figures on --pairs, in percent. Accuracy is with folds LFW's (View 2), else that at the threshold which
-    is best on the pairsDevTrain.txt beside a pairsDevTest.txt (View 1), or at the checkpoint's."""
+def benchmark(model, cfg, folder, device):
+    """Figures on --pairs, in percent, by LFW's protocol. Each of several folds is judged with the threshold
+    best on the others (View 2), a single one with the best on the pairsDevTrain.txt beside it (View 1)."""
     path = Path(cfg.pairs)
-    pairs, folds = embed_pairs(model, cfg, path, device)
-    *_, scores, same = pairs
-    train = path.with_name("pairsDevTrain.txt")
+    *pairs, scores, same, folds = embed_pairs(model, cfg, path, device)
     if len(folds.unique()) > 1:
         mean, error = lfw_accuracy(scores, same, folds)
-        figures, threshold = {"acc": 100 * mean, "se": 100 * error}, best_threshold(scores, same)
-        source = "best on all folds; each fold was judged with that of the others"
+        figures = {"acc": 100 * mean, "se": 100 * error}
     else:
-        threshold, source = ckpt["threshold"], "the checkpoint's"
-        if path.name == "pairsDevTest.txt" and train.exists():
-            *_, train_scores, train_same = embed_pairs(model, cfg, train, device)[0]
-            threshold, source = best_threshold(train_scores, train_same), f"chosen on {train}"
+        train = path.with_name("pairsDevTrain.txt")
+        *_, train_scores, train_same, _ = embed_pairs(model, cfg, train, device)
+        threshold = best_threshold(train_scores, train_same)
+        say(f"threshold: {threshold:.4f}, chosen on {train}")
         figures = {"acc": 100 * ((scores > threshold) == same).double().mean().item()}
-    say(f"threshold: {threshold:.4f}, {source}")
-    write_pairs(folder, *pairs, threshold)
-    return figures | verification(scores, same)[0] | {"threshold": threshold, "n": len(scores)}
+    write_pairs(folder, *pairs, scores, same)
+    return figures | verification(scores, same)[0] | {"n": len(scores)}
 
 
 def build(cfg, classes, device):
-    if cfg.stem_stride not in (2, 4) or cfg.image_size < 8 * cfg.stem_stride:
-        raise UserError(f"--stem_stride {cfg.stem_stride} --image_size {cfg.image_size}: it takes 2 or 4, "
-                        "and at least 8 times that")
     model = ConvNeXt(len(classes), *SIZES[cfg.size], cfg.drop_path, LAYER_SCALE, cfg.stem_stride, True)
     return model.to(device, memory_format=torch.channels_last)
-
-
-def initial_weights(name):
-    """The weights that --init names: of a checkpoint, or those of torchvision's ConvNeXt-T on ImageNet."""
-    if name != "imagenet":
-        return load_checkpoint(name)["model"]
-    from torchvision.models import ConvNeXt_Tiny_Weights
-    try:
-        return from_torchvision(ConvNeXt_Tiny_Weights.DEFAULT.get_state_dict(check_hash=True))
-    except Exception as e:
-        raise UserError(f"--init imagenet: cannot be downloaded or read ({e})") from None
 
 
 def predict(mode, inputs, flags):
@@ -777,38 +658,36 @@ def predict(mode, inputs, flags):
         model, threshold = build(cfg, ckpt["classes"], device), ckpt["threshold"]
         model.load_state_dict(ckpt["model"])
         if mode == "eval":
-            if bool(cfg.pairs) != bool(cfg.images):
-                raise UserError("--pairs and --images go together: the pairs, the folder of their images")
             if cfg.pairs:
-                figures = benchmark(model, cfg, ckpt, folder, device)
+                figures = benchmark(model, cfg, folder, device)
             else:
                 data = load_data(cfg)
                 if data["classes"] != ckpt["classes"]:
                     raise UserError(f"--data {cfg.data}: holds other people than {cfg.ckpt} was trained on; "
                                     "for those there are --pairs with --images, and identify")
                 figures = score(model, cfg, data, folder, device)
-            return say(f"{show(figures, digits=6)}\nwritten: {folder}/*.csv, roc.png, hardest.png")
+            return say(f"{show(figures, digits=6)}\nwritten: {folder}/*.csv, roc.png")
         if len(inputs) < 2 or (mode == "verify" and len(inputs) > 2):
-            raise UserError(f"{mode} takes {MODES[mode][0]}, not {' '.join(inputs)}")
+            raise UserError(f"{mode} takes {MODES[mode]}, not {' '.join(inputs)}")
         files = [Path(name) for name in inputs]
-        if mode == "identify" and not (people := find_people(files.pop(0))):
-            raise UserError(f"{inputs[0]}: no sub-folders with images; it takes one per person")
+        if mode == "identify":
+            people = find_people(files.pop(0))
+            if not people:
+                raise UserError(f"{inputs[0]}: no sub-folders with images; it takes one per person")
+            gallery, paths = read_faces(list(people), cfg.image_size)
+            gallery, _ = embed(model, gallery, device)
         images, files = read_faces(files, cfg.image_size)
         z, _ = embed(model, images, device)
-        if mode == "identify":
-            images, paths = read_faces(list(people), cfg.image_size)
-            cosines = z @ embed(model, images, device)[0].T  # (queries, images of the gallery)
-            names = sorted(set(people.values()))
-            owners = torch.tensor([names.index(people[path]) for path in paths])
-            best = torch.full((len(z), len(names)), -1.0).scatter_reduce(
-                1, owners.expand(len(z), -1), cosines, "amax")  # a person is as near as the nearest image
     if mode == "verify":
         cosine = float(z[0] @ z[1])
         answer = {"cosine": round(cosine, 4), "threshold": round(threshold, 4), "same": cosine > threshold}
         return say(json.dumps(answer))
-    for file, row in zip(files, best):
-        ranked = [(names[k], round(float(row[k]), 4)) for k in row.argsort(descending=True)[:5]]
-        say(json.dumps({"file": str(file), "ranked": ranked, "known": float(row.max()) > threshold}))
+    for file, row in zip(files, z @ gallery.T):
+        ranked = {}  # a person is as near as the nearest image
+        for k in row.argsort(descending=True).tolist():
+            ranked.setdefault(people[paths[k]], round(float(row[k]), 4))
+        known = float(row.max()) > threshold
+        say(json.dumps({"file": str(file), "ranked": list(ranked.items())[:5], "known": known}))
 
 
 # ---- runtime: identical in all five scripts ----
@@ -856,8 +735,7 @@ def seed_for(*key):
 
 
 def parse_args(argv):
-    """The command line as (mode, inputs, flags); flags has only the options given. Each field of Config is an
-    option; its comment is the help, and may begin with choices: a|b|c."""
+    """(mode, inputs, flags given) of a command line. A field of Config is a flag, its comment the help."""
     parser = argparse.ArgumentParser(
         usage=f"python {SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", description=__doc__,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30, 110),
@@ -909,8 +787,7 @@ def load_checkpoint(path):
     """The dict that Run.save wrote. UserError if the file is not a checkpoint of this script."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        if ckpt["script"] != SCRIPT:
-            raise ValueError(f"it was written by {ckpt['script']}.py")
+        assert ckpt["script"] == SCRIPT, f"it was written by {ckpt['script']}.py"
         return ckpt
     except Exception as e:  # a damaged file can raise nearly anything
         raise UserError(f"{path}: no checkpoint of {SCRIPT}.py ({e!r:.99}); train first") from None
@@ -926,6 +803,7 @@ def load_weights(model, state):
 
 def merge_config(ckpt, flags, path, fixed):
     """The Config of a checkpoint, updated with flags. UserError if a flag in `fixed` differs from it."""
+    flags = {k: v for k, v in flags.items() if v != "auto" or k in MAY_CHANGE}
     for name in sorted(fixed & flags.keys()):
         if flags[name] != ckpt["config"].get(name):
             raise UserError(f"--{name} {flags[name]}: {path} has {ckpt['config'].get(name)}; start a new run")
@@ -962,15 +840,15 @@ class Run:
             self.ckpt = load_checkpoint(last)
             self.cfg = merge_config(self.ckpt, flags, last, Config.__dataclass_fields__.keys() - MAY_CHANGE)
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
-        self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # that earlier processes took
-        self.sums, self.stop_requested, self.stop = 0.0, False, False  # requested here; agreed on
+        self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # of earlier processes
+        self.sums, self.stop_requested, self.stop = 0.0, False, False  # by a signal; by all ranks
         self.device = pick_device(self.cfg)
         hint = f" (generated; {REAL})" if self.cfg.data == "demo" else ""
         say(f"data: {self.cfg.data}{hint}\nrun: {self.folder}, from step {self.step:,}")
 
     def start(self, total):
         """Call before the loop over `total` steps: opens the log; makes signals wait for a save."""
-        self.total, self.last_log = total, (time.perf_counter(), self.step)
+        self.total, self.saved, self.last_log = total, self.step, (time.perf_counter(), self.step)
         if RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "log.jsonl").open("ab") as log:  # continues where the checkpoint was saved
@@ -979,14 +857,13 @@ class Run:
         signal.signal(signal.SIGTERM, self.request_stop)
 
     def request_stop(self, *_):
-        if self.step == self.total:  # only the test is left
+        if self.saved >= self.total:  # only the test is left
             raise KeyboardInterrupt
         self.stop_requested = True
 
     def step_done(self, losses, count, lr):
-        """Call after each step; returns (evaluate now, save now), alike on all ranks. `losses` is {name:
-        scalar on the device}, whose mean over ranks is the loss of a batch of `count` items. They are read,
-        and ranks agree to stop, only where a log line or a save is due."""
+        """Call after each step; returns (evaluate now, save now), the same on all ranks. `losses` is {name:
+        share of this rank, on the device}, read only for a log line or a save; `count` the batch's items."""
         self.step += 1
         self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
         log, check, save = (self.step == self.total or self.step % every == 0
@@ -999,7 +876,7 @@ class Run:
             raise UserError(f"step {self.step}: loss is not finite: {dict(zip(losses, sums))}; lower --lr")
         seconds, steps = time.perf_counter() - self.last_log[0], self.step - self.last_log[1]
         means = {name: value / steps for name, value in zip(losses, sums)}
-        self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds)},
+        self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds, 1)},
                    f"eta {(self.total - self.step) * seconds / steps / 60:.1f} min")
         self.sums, self.last_log = 0.0, (time.perf_counter(), self.step)
         self.stop = requests > 0 and self.step < self.total
@@ -1029,7 +906,9 @@ class Run:
                 file.write(buffer.getbuffer())
                 os.fsync(file.fileno())
             os.replace(part, self.folder / name)
-        all_sum(torch.zeros(1, device=self.device)).item()
+        all_sum(torch.zeros(1, device=self.device)).item()  # waits for rank 0
+        if name == "last.pt":
+            self.saved = self.step
         self.last_log = time.perf_counter(), self.step  # the time of the evaluation does not count
 
     def finish(self, figures):
@@ -1058,14 +937,10 @@ def main(argv=None):
     cfg, ckpt, device = run.cfg, run.ckpt, run.device
 
     data = load_data(cfg)
-    images, labels = data["train"]
-    room = torch.cuda.mem_get_info()[0] / 3 if device.type == "cuda" else math.inf
-    images = images.to(device) if images.nbytes < room else images  # else batches are copied
-    labels, count = labels.to(images.device), min(cfg.batch_size, len(labels))  # of a batch
-    if count < WORLD:
-        raise UserError(f"--batch_size {count}: fewer images a step than the {WORLD} processes")
     if ckpt and ckpt["classes"] != data["classes"]:
         raise UserError(f"--data {cfg.data}: holds other people than {run.folder}/last.pt; start anew")
+    images, labels = (part.to(device) for part in data["train"])
+    count = min(cfg.batch_size, len(labels))  # of a batch
     per_epoch = len(labels) // count
     schedule = per_epoch * cfg.epochs
     total = min(cfg.max_steps or schedule, schedule)
@@ -1074,6 +949,8 @@ def main(argv=None):
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, data["classes"], device)
+    if cfg.init and not ckpt:
+        load_weights(raw, load_checkpoint(cfg.init)["model"])
     centers = CenterLoss(len(data["classes"]), raw.norm.weight.numel()).to(device)
     average = copy.deepcopy(raw)  # moving average of the weights
     decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # a short schedule needs a shorter memory
@@ -1091,8 +968,6 @@ def main(argv=None):
     if ckpt:
         for name, part in state.items():
             part.load_state_dict(ckpt[name])
-    elif cfg.init:
-        load_weights(raw, initial_weights(cfg.init))
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux"):
         raw.compile()  # in place, so that its weights keep their names
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
@@ -1100,21 +975,22 @@ def main(argv=None):
     @functools.lru_cache(1)
     def order(epoch):
         generator = torch.Generator().manual_seed(seed_for(cfg.seed, epoch))
-        return torch.randperm(len(labels), generator=generator).to(images.device)
+        return torch.randperm(len(labels), generator=generator).to(device)
 
     def fetch(step):
         """This rank's share of the batch of a step, which counts from 1: images (B, 3, S, S), labels (B,)."""
         epoch, place = divmod(step - 1, per_epoch)
         torch.manual_seed(seed_for(cfg.seed, step, RANK))
         chosen = order(epoch)[place * count : (place + 1) * count][RANK::WORLD]
-        return normalised(images[chosen], device, cfg.augment), labels[chosen].to(device)
+        return normalised(images[chosen], device, cfg.augment), labels[chosen]
 
     def update(step, batch):
-        """One optimizer step; -> the parts of the loss."""
+        """One optimizer step; returns the parts of the loss."""
         x, y = batch  # (B / WORLD, 3, S, S), (B / WORLD,)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step, schedule)
+            optimizer.zero_grad()
         raw.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             logits, features = model(x, True)  # float32 (B / WORLD, classes), (B / WORLD, D)
@@ -1124,9 +1000,8 @@ def main(argv=None):
         loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=0.1) * share
         losses = {"loss": loss}
         if cfg.loss == "center":  # equation 5
-            center = centers(features, y, "sum") * share
+            center = centers(features, y) * share
             losses = {"loss": loss + cfg.center_weight * center, "cross_entropy": loss, "center": center}
-        raw.zero_grad(set_to_none=True)
         losses["loss"].backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -1142,7 +1017,7 @@ def main(argv=None):
         losses = update(step, fetch(step))
         check, save = run.step_done(losses, count, learning_rate(cfg, step, schedule))
         if check:
-            figures, *_, threshold = evaluate(average, data, "val", device)
+            figures, threshold, *_ = evaluate(average, data, "val", device)
             run.write("val", figures)
             if run.best is None or figures["acc"] >= run.best:
                 run.best = figures["acc"]

@@ -102,7 +102,7 @@ SHAPE = {"backbone", "weights", "split"}  # fields that a checkpoint fixes
 
 # MODEL ------------------------------------------------------------------------------------------------------
 class Backbone(BackboneWithFPN):
-    """torchvision's feature pyramid. Only it trains in bfloat16: boxes in bfloat16 would be pixels off."""
+    """torchvision's feature pyramid. Only it trains in bfloat16; the coordinates of boxes need float32."""
 
     bfloat16 = False
 
@@ -115,7 +115,7 @@ class Backbone(BackboneWithFPN):
 
 def scratch_detector(num_classes, backbone, options):
     """A detector for training from scratch: group norm, since a step has too few images for batch norm; small
-    anchors, for small faces; a smaller pyramid and head than torchvision's, and fewer boxes to learn from."""
+    anchors, for small faces; a smaller pyramid and head than torchvision's, and fewer sampled boxes per image."""
     norm = functools.partial(nn.GroupNorm, 32)
     network = get_model(backbone, norm_layer=norm)
     channels = [network.inplanes // 4, network.inplanes // 2, network.inplanes]  # at strides 8, 16 and 32
@@ -154,7 +154,7 @@ def build_model(num_classes, backbone="resnet50_v2", weights="coco", image_size=
         for name, parameter in model.backbone.body.named_parameters():  # the first layers stay frozen
             parameter.requires_grad_(name.startswith(("layer2", "layer3", "layer4")))
         model.roi_heads.box_predictor = FastRCNNPredictor(1024, num_classes)
-    with torch.no_grad():  # RoIAlign takes its strides from the first image it sees; a flat one misleads it
+    with torch.no_grad():  # RoIAlign derives its strides from the first image: not from a flat one
         maps = model.eval().backbone(torch.zeros(1, 3, 64, 64))
         model.roi_heads.box_roi_pool(maps, [torch.zeros(1, 4)], [(64, 64)])
     return model.train()
@@ -274,9 +274,9 @@ def read_image(path):
 def prepare(image, side, boxes=torch.zeros(0, 4)):
     """{"image": uint8 (3, h, w), resized so that its longer side is `side`, "boxes": (N, 4) xyxy in pixels of
     the resized image, "scale": (4,) from pixels of the original to those, "size": the original's (W, H)}."""
-    size = [max(1, round(v * side / max(image.size))) for v in image.size]
-    pixels = torch.from_numpy(np.array(image.resize(size))).permute(2, 0, 1).contiguous()
-    scale = torch.tensor([size[0] / image.width, size[1] / image.height]).repeat(2)
+    new = [max(1, round(v * side / max(image.size))) for v in image.size]
+    pixels = torch.from_numpy(np.array(image.resize(new))).permute(2, 0, 1).contiguous()
+    scale = torch.tensor([new[0] / image.width, new[1] / image.height]).repeat(2)
     return {"image": pixels, "boxes": boxes * scale, "scale": scale, "size": image.size}
 
 
@@ -338,10 +338,13 @@ def divide(items, seed):
 
 
 def split_up(items, seed):
-    """{"train", "val", "test": items}: the given splits. Without "train" all items are divided. Without "val"
-    it comes from "train", and so does "test" if neither is given. Without "test" alone "val" is tested."""
+    """{"train", "val", "test": items}: the given splits. If "train" is not given, all items are divided; if
+    only "train" is given, it is divided. Without "val", a part of "train" is taken; without "test", "val"."""
     parts = {split: [item for item in items if item["split"] == split] for split in ("train", "val", "test")}
-    if given := ", ".join(f"{len(part)} {split}" for split, part in parts.items() if part):
+    given = ", ".join(f"{len(part)} {split}" for split, part in parts.items() if part)
+    if given and not parts["train"]:
+        say(f"splits given: {given}; without train all images are divided")
+    elif given:
         say(f"splits given: {given}; in none, and not used: {sum(not item['split'] for item in items)}")
     own = divide(parts["train"] or items, seed)
     if not parts["train"] or not (parts["val"] or parts["test"]):
@@ -392,8 +395,8 @@ def augmentation(strength):
 
 
 def arrange(ratios, size, seed):
-    """The batches of an epoch, (N // size, size) numbers of images in random order. Images of similar aspect
-    ratio share a batch, since torchvision pads a batch to one shape."""
+    """The batches of an epoch: (N // size, size) indices in random order. Images of similar aspect ratio share
+    a batch, since torchvision pads a batch to one shape."""
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(ratios))[: len(ratios) // size * size]
     alike = chosen[np.argsort(np.array(ratios)[chosen] * rng.uniform(1, 1.1, len(chosen)))]
@@ -416,7 +419,7 @@ def pairwise_iou(found, true, crowd):
 def match(found, true, label):
     """The matches of one class in one image: scores (n,) of its 100 best boxes; at the ten IoUs whether each
     is right (10, n), and whether it does not count (10, n), being in a crowd; and the number of true boxes.
-    In order of score, each box takes the free true box with the highest IoU; of equal ones the last."""
+    In order of score, each box takes the free true box with the highest IoU; on ties the last."""
     mine = np.asarray(true["labels"]) == label
     true_boxes = np.asarray(true["boxes"], float).reshape(-1, 4)[mine]
     crowd = np.asarray(true.get("iscrowd", np.zeros(len(mine))), bool)[mine]
@@ -660,8 +663,7 @@ def seed_for(*key):
 
 
 def parse_args(argv):
-    """The command line as (mode, inputs, flags); flags has only the options given. Each field of Config is an
-    option; its comment is the help, and may begin with choices: a|b|c."""
+    """(mode, inputs, flags given) of a command line. A field of Config is a flag, its comment the help."""
     parser = argparse.ArgumentParser(
         usage=f"python {SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", description=__doc__,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30, 110),
@@ -713,8 +715,7 @@ def load_checkpoint(path):
     """The dict that Run.save wrote. UserError if the file is not a checkpoint of this script."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        if ckpt["script"] != SCRIPT:
-            raise ValueError(f"it was written by {ckpt['script']}.py")
+        assert ckpt["script"] == SCRIPT, f"it was written by {ckpt['script']}.py"
         return ckpt
     except Exception as e:  # a damaged file can raise nearly anything
         raise UserError(f"{path}: no checkpoint of {SCRIPT}.py ({e!r:.99}); train first") from None
@@ -730,6 +731,7 @@ def load_weights(model, state):
 
 def merge_config(ckpt, flags, path, fixed):
     """The Config of a checkpoint, updated with flags. UserError if a flag in `fixed` differs from it."""
+    flags = {k: v for k, v in flags.items() if v != "auto" or k in MAY_CHANGE}
     for name in sorted(fixed & flags.keys()):
         if flags[name] != ckpt["config"].get(name):
             raise UserError(f"--{name} {flags[name]}: {path} has {ckpt['config'].get(name)}; start a new run")
@@ -766,15 +768,15 @@ class Run:
             self.ckpt = load_checkpoint(last)
             self.cfg = merge_config(self.ckpt, flags, last, Config.__dataclass_fields__.keys() - MAY_CHANGE)
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
-        self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # that earlier processes took
-        self.sums, self.stop_requested, self.stop = 0.0, False, False  # requested here; agreed on
+        self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # of earlier processes
+        self.sums, self.stop_requested, self.stop = 0.0, False, False  # by a signal; by all ranks
         self.device = pick_device(self.cfg)
         hint = f" (generated; {REAL})" if self.cfg.data == "demo" else ""
         say(f"data: {self.cfg.data}{hint}\nrun: {self.folder}, from step {self.step:,}")
 
     def start(self, total):
         """Call before the loop over `total` steps: opens the log; makes signals wait for a save."""
-        self.total, self.last_log = total, (time.perf_counter(), self.step)
+        self.total, self.saved, self.last_log = total, self.step, (time.perf_counter(), self.step)
         if RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "log.jsonl").open("ab") as log:  # continues where the checkpoint was saved
@@ -783,14 +785,13 @@ class Run:
         signal.signal(signal.SIGTERM, self.request_stop)
 
     def request_stop(self, *_):
-        if self.step == self.total:  # only the test is left
+        if self.saved >= self.total:  # only the test is left
             raise KeyboardInterrupt
         self.stop_requested = True
 
     def step_done(self, losses, count, lr):
-        """Call after each step; returns (evaluate now, save now), alike on all ranks. `losses` is {name:
-        scalar on the device}, whose mean over ranks is the loss of a batch of `count` items. They are read,
-        and ranks agree to stop, only where a log line or a save is due."""
+        """Call after each step; returns (evaluate now, save now), the same on all ranks. `losses` is {name:
+        share of this rank, on the device}, read only for a log line or a save; `count` the batch's items."""
         self.step += 1
         self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
         log, check, save = (self.step == self.total or self.step % every == 0
@@ -803,7 +804,7 @@ class Run:
             raise UserError(f"step {self.step}: loss is not finite: {dict(zip(losses, sums))}; lower --lr")
         seconds, steps = time.perf_counter() - self.last_log[0], self.step - self.last_log[1]
         means = {name: value / steps for name, value in zip(losses, sums)}
-        self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds)},
+        self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds, 1)},
                    f"eta {(self.total - self.step) * seconds / steps / 60:.1f} min")
         self.sums, self.last_log = 0.0, (time.perf_counter(), self.step)
         self.stop = requests > 0 and self.step < self.total
@@ -833,7 +834,9 @@ class Run:
                 file.write(buffer.getbuffer())
                 os.fsync(file.fileno())
             os.replace(part, self.folder / name)
-        all_sum(torch.zeros(1, device=self.device)).item()
+        all_sum(torch.zeros(1, device=self.device)).item()  # waits for rank 0
+        if name == "last.pt":
+            self.saved = self.step
         self.last_log = time.perf_counter(), self.step  # the time of the evaluation does not count
 
     def finish(self, figures):
@@ -878,7 +881,7 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     raw = build(cfg, classes, device, trained=bool(ckpt))
     if cfg.init and not ckpt:
-        load_weights(raw, load_checkpoint(cfg.init)["model"])  # of the same --backbone and --weights
+        load_weights(raw, load_checkpoint(cfg.init)["model"])
     learnt = [p for p in raw.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learnt if p.dim() >= 2], "weight_decay": 0.05},
               {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0}]
@@ -919,7 +922,7 @@ def main(argv=None):
             norm.eval()
         share = len(x) * WORLD / count  # DDP averages over the processes
         parts = {name.removeprefix("loss_"): value * share for name, value in model(x, targets).items()}
-        loss = sum(parts.values())  # equation 1, for the proposals and for the boxes of classes
+        loss = sum(parts.values())  # equation 1 of the proposals, and that of Fast R-CNN for the boxes
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learnt, 1.0)

@@ -11,10 +11,9 @@
 
 Measured on one thread of a CPU with bfloat16 (AMD EPYC), other work beside it; one run each, seed 0:
 
-    --data demo     1.61 % character errors (CER) in unseen sentences by unseen speakers; 1.5 minutes
-    --data hw4p2    CMU AN4, 38 minutes of training speech: 4.50 % CER, 8.29 % word errors; 50 minutes
-
-The preset for LibriSpeech's 100 hours has not been run to its end.
+    --data demo           1.61 % character errors (CER) in unseen sentences by unseen speakers; 1.5 minutes
+    --data hw4p2          CMU AN4, 38 minutes of training speech: 4.50 % CER, 8.29 % word errors; 50 minutes
+    --data librispeech    not yet trained to the end
 
 Paper: Chan et al., "Listen, Attend and Spell", 2016, arXiv 1508.01211. Location-aware attention: Chorowski et
 al., 2015, arXiv 1506.07503, Battenberg et al., 2020, arXiv 1910.10288; the CTC loss beside it: Kim et al.,
@@ -44,16 +43,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torchaudio
 from matplotlib.figure import Figure
+from torchaudio.functional import mask_along_axis_iid, resample
 
 
 @dataclass
 class Config:
-    # the same in all five scripts
+    # the same in all five scripts; a comment is the help of its flag, and may begin with choices: a|b|c
     data: str = "auto"  # demo, librispeech, speech, hw4p2, folder or TSV; auto: one in data/, or demo
     out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
     save: str = ""  # folder for predictions (default: the folder of the checkpoint)
@@ -92,7 +94,7 @@ PRESETS = {
     "librispeech": {"epochs": 60, "lr": 1e-3, "hidden": 512, "stack": 1, "layers": 2, "speller": 512,
                     "batch_size": 96000, "warmup": 2000},
     "hw4p2": {"epochs": 72, "lr": 3e-3, "batch_size": 4000, "dropout": 0.4, "eval_every": 300}}
-MODES = {"train": "", "eval": "", "transcribe": "FILE..."}  # and inputs
+MODES = {"train": "", "eval": "", "transcribe": "FILE..."}  # mode: its inputs
 UNIT = "frames"  # what a batch is counted in
 SHAPE = {"hidden", "stack", "layers", "speller"}  # fields that a checkpoint fixes
 PAD, BOS, EOS = 0, 1, 2  # PAD is CTC's blank, too
@@ -103,16 +105,8 @@ CTC_IN_SEARCH = 0.5  # weight of the CTC head in the search, if there is one
 
 
 # MODEL ------------------------------------------------------------------------------------------------------
-def reverse(x, lengths):
-    """Reverses each sequence of (B, T, F) within its length (B,); the padding stays where it is."""
-    at = torch.arange(x.shape[1], device=x.device)
-    back = lengths[:, None] - 1 - at
-    return x.gather(1, torch.where(back < 0, at, back)[:, :, None].expand_as(x))
-
-
 class BLSTM(nn.Module):
-    """A bidirectional LSTM over padded sequences: two LSTMs, one of them over the reversed sequences. Equal
-    to one over packed sequences, which is several times slower on a CPU."""
+    """A bidirectional LSTM over padded sequences. (A packed one is several times slower on a CPU.)"""
 
     def __init__(self, n_in, hidden):
         super().__init__()
@@ -120,16 +114,13 @@ class BLSTM(nn.Module):
 
     def forward(self, x, lengths):
         """(B, T, F), (B,) -> (B, T, 2 hidden), zero in the padding."""
+        t = torch.arange(x.shape[1], device=x.device)
+        mask = t < lengths[:, None]
+        mirror = torch.where(mask, lengths[:, None] - 1 - t, t)[:, :, None]  # the padding stays where it is
         with torch.autocast("cuda", enabled=False):  # CUDA's LSTM would run in float16: gradients underflow
             x = x.float()
-            forth, back = self.forth(x)[0], self.back(reverse(x, lengths))[0]
-        mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        return torch.cat([forth, reverse(back, lengths)], -1) * mask[:, :, None]
-
-
-def join_frames(x, lengths, n):
-    """Concatenates each n neighbouring frames: (B, T, F), (B,) -> (B, T // n, n F), (B,)."""
-    return x[:, : x.shape[1] // n * n].unflatten(1, (-1, n)).flatten(2), lengths // n
+            forth, back = self.forth(x)[0], self.back(x.take_along_dim(mirror, 1))[0]
+        return torch.cat([forth, back.take_along_dim(mirror, 1)], -1) * mask[:, :, None]
 
 
 class Listener(nn.Module):
@@ -140,13 +131,13 @@ class Listener(nn.Module):
         super().__init__()
         inputs = [stack * n_features] + [4 * hidden] * layers
         self.blstms = nn.ModuleList(BLSTM(n_in, hidden) for n_in in inputs)
-        self.joined, self.dropout = [stack] + [2] * layers, dropout
+        self.joined, self.reduction, self.dropout = [stack] + [2] * layers, stack * 2**layers, dropout
 
     def forward(self, x, lengths):
-        """(B, T, F), (B,) -> (B, T', 2 hidden), (B,) with T' = T // stack // 2^layers, but at least 1."""
-        x = F.pad(x, (0, 0, 0, max(0, math.prod(self.joined) - x.shape[1])))
+        """(B, T, F), (B,) -> (B, T', 2 hidden), (B,) with T' = T // reduction, but at least 1."""
+        x = F.pad(x, (0, 0, 0, max(0, self.reduction - x.shape[1])))
         for blstm, n in zip(self.blstms, self.joined):
-            x, lengths = join_frames(x, lengths, n)
+            x, lengths = x.unfold(1, n, n).mT.flatten(2), lengths // n  # joins n neighbouring frames
             x = F.dropout(blstm(x, lengths), self.dropout, self.training)
         return x, lengths
 
@@ -248,27 +239,24 @@ class CTCPrefixes:
         """log p of all texts that begin with a hypothesis and one more character: (B, K, V); in column EOS
         that of the hypothesis alone."""
         both = torch.logaddexp(self.nonblank, self.blank)
-        scores = torch.logsumexp(both[:, :, None, :-1] + self.log_p[:, None], -1)
-        again = torch.logsumexp(self.blank[..., :-1] + self.log_p[self.row, self.last], -1)
-        scores.scatter_(2, self.last[..., None], again[..., None])  # repeated only after a blank
+        repeated = F.one_hot(self.last, self.log_p.shape[1])[..., None] == 1  # must follow a blank
+        self.before = torch.where(repeated, self.blank[:, :, None], both[:, :, None])[..., :-1]
+        scores = (self.before + self.log_p[:, None]).logsumexp(-1)
         scores[..., EOS] = both[..., -1]
         return scores
 
     def extend(self, parent, token):
         """The next hypotheses: `token` appended to the one numbered `parent`, (B, K) each."""
-        nonblank, blank = self.nonblank[self.row, parent], self.blank[self.row, parent]
-        repeated = (token == self.last[self.row, parent])[..., None]
-        before = torch.where(repeated, blank, torch.logaddexp(nonblank, blank))
-        self.nonblank = recursion(self.log_p[self.row, token], before)
-        self.blank = recursion(self.log_p[:, None, PAD], self.nonblank)
+        self.nonblank = recursion(self.log_p[self.row, token], self.before[self.row, parent, token])
+        self.blank = recursion(self.log_p[:, None, PAD], self.nonblank[..., :-1])
         self.last = token
 
 
 def recursion(log_p, added):
-    """x[0] = 0, x[t] = p[t] (x[t - 1] + added[t - 1]), in logarithms: (..., T), (..., T + 1) -> (..., T + 1).
+    """x[0] = 0, x[t] = p[t] (x[t - 1] + added[t - 1]), in logarithms: (..., T), (..., T) -> (..., T + 1).
     Divided by the product of all p so far, x is a cumulative sum."""
     product = log_p.cumsum(-1)
-    return F.pad(product + torch.logcumsumexp(added[..., :-1] - product + log_p, -1), (1, 0), value=-1e5)
+    return F.pad(product + (added - product + log_p).logcumsumexp(-1), (1, 0), value=-1e5)
 
 
 def greedy_decode(model, features, lengths, ctc_weight=CTC_IN_SEARCH):
@@ -279,13 +267,13 @@ def greedy_decode(model, features, lengths, ctc_weight=CTC_IN_SEARCH):
 @torch.no_grad()
 def beam_search(model, features, lengths, beam_size=4, ctc_weight=CTC_IN_SEARCH):
     """The best of beam_size hypotheses by ((1 - ctc_weight) log p + ctc_weight log p_CTC) / length:
-    (B, T, F), (B,) -> B lists of ids without EOS, none longer than T'. A sound is done when its best finished
-    hypothesis scores at least as well as its best unfinished one."""
+    (B, T, F), (B,) -> B lists of ids without EOS, none longer than T'. The search for a sound ends when a
+    finished hypothesis scores at least as well as the best unfinished one."""
     memory, ctc_logits = model.listen(features, lengths)
     b, k, device, frames = len(features), beam_size, features.device, memory[2].sum(1)
-    ctc = CTCPrefixes(ctc_logits, memory[2], k) if ctc_weight else None
+    ctc = CTCPrefixes(ctc_logits, memory[2], k)
     row = torch.arange(b, device=device)[:, None]
-    memory = [part[row.repeat(1, k).flatten()] for part in memory]  # B K rows
+    memory = [part.repeat_interleave(k, 0) for part in memory]  # B K rows
     state, ids = model.start(memory), torch.full((b * k, 1), BOS, device=device)
     spelled = torch.full((b, k), -math.inf, device=device)  # log p by the speller
     spelled[:, 0] = 0.0  # each sound begins with one hypothesis
@@ -298,7 +286,7 @@ def beam_search(model, features, lengths, beam_size=4, ctc_weight=CTC_IN_SEARCH)
         ended = (frames < length)[:, None, None]
         log_p[..., EOS + 1 :].masked_fill_(ended, -math.inf)  # no more characters than frames
         spelled = spelled[:, :, None] + log_p  # (B, K, V)
-        scores = (1 - ctc_weight) * spelled + ctc_weight * ctc.scores() if ctc else spelled
+        scores = (1 - ctc_weight) * spelled + ctc_weight * ctc.scores()
         scores = scores.masked_fill(spelled == -math.inf, -math.inf)  # nan if ctc_weight is 1
         best, index = scores.flatten(1).topk(2 * k)  # (B, 2 K), of which at most K end
         token, parent = index % scores.shape[2], index // scores.shape[2]
@@ -315,14 +303,12 @@ def beam_search(model, features, lengths, beam_size=4, ctc_weight=CTC_IN_SEARCH)
         spelled = spelled[row, parent, token].masked_fill(best == -math.inf, -math.inf)
         origin = (k * row + parent).flatten()
         ids, state = torch.cat([ids[origin], token.view(-1, 1)], 1), [part[origin] for part in state]
-        if ctc:
-            ctc.extend(parent, token)
+        ctc.extend(parent, token)
     return [text for _, text in finished]
 
 
 # DATA -------------------------------------------------------------------------------------------------------
-# what --data auto looks for in data/NAME
-AUTO = {"librispeech": "LibriSpeech", "speech": "train.tsv", "hw4p2": "train-clean-100"}
+AUTO = {"librispeech": "LibriSpeech", "speech": "train.tsv", "hw4p2": "train-clean-100"}  # in data/NAME
 REAL = "--data librispeech downloads 100 hours of read English, 7 GB"
 PARTS = {"train": "train-clean-100", "val": "dev-clean", "test": "test-clean"}  # of LibriSpeech and HW4P2
 
@@ -362,44 +348,32 @@ def demo_set(count, seed):
     return [((text, *voice, rng.integers(1 << 30)), text) for text, voice in zip(texts, voices)]
 
 
-def normalised(x):
-    """(T, F) with mean 0 and variance 1 in each column."""
-    return (x - x.mean(0)) / x.std(0).clamp_min(1e-3)
-
-
 def log_mel(waveform, sample_rate):
-    """80 log-mel energies (25 ms windows every 10 ms), each with mean 0 and variance 1 over the recording:
-    (n,) or (channels, n) at any rate -> (T, 80) float32."""
-    from torchaudio.functional import resample
-    from torchaudio.transforms import MelSpectrogram
+    """80 log-mel energies, of 25 ms windows every 10 ms: (n,) or (channels, n) at any rate -> (T, 80)."""
     wave = torch.as_tensor(waveform, dtype=torch.float32)
     wave = resample(wave.mean(0) if wave.dim() == 2 else wave, sample_rate, 16000)
     wave = F.pad(wave, (0, max(0, 400 - len(wave))))
-    mel = MelSpectrogram(16000, n_fft=512, win_length=400, hop_length=160, n_mels=80)(wave)
-    return normalised((mel + 1e-6).log().T)
+    transform = torchaudio.transforms.MelSpectrogram(16000, 512, win_length=400, hop_length=160, n_mels=80)
+    return (transform(wave) + 1e-6).log().T
 
 
 def read_features(item):
-    """(T, F) float32 of a sound file, of a .npy file of features (T, F), or of demo_voice's arguments.
-    ValueError if there is nothing to hear: fewer than 8 frames, silence, values that are not finite."""
+    """(T, F) float32 of a sound file, of a .npy file of features (T, F), or of demo_voice's arguments, each
+    column with mean 0 and variance 1. ValueError if there is nothing to hear."""
     if isinstance(item, tuple):
         x = log_mel(demo_voice(*item), 16000)
     elif not item.is_file():
         raise ValueError("no such file")
     elif item.suffix == ".npy":
         x = torch.from_numpy(np.load(item)).float()
-        if x.dim() != 2:
-            raise ValueError(f"features must be (T, F), not {tuple(x.shape)}")
-        x = normalised(x)
     else:
-        import soundfile
         wave, rate = soundfile.read(item, dtype="float32", always_2d=True)
-        if not wave.any():
-            raise ValueError("silent" if len(wave) else "empty")
         x = log_mel(wave.T, rate)
-    if len(x) < 8 or not x.isfinite().all():
-        raise ValueError("fewer than 8 frames of 10 ms" if len(x) < 8 else "values are not finite")
-    return x
+    if x.dim() != 2 or len(x) < 8:
+        raise ValueError("fewer than 8 frames of 10 ms, or not (T, F)")
+    if not x.isfinite().all() or x.min() == x.max():
+        raise ValueError("silent, or not finite")
+    return (x - x.mean(0)) / x.std(0).clamp_min(1e-3)
 
 
 def clean(text):
@@ -407,7 +381,7 @@ def clean(text):
     digits and symbols, whose spelling is not known, and if nothing is left."""
     text = re.sub("[\u2019\u02bc\u00b4`]", "'", text).replace("\u2026", " ")
     text = unicodedata.normalize("NFKD", text.upper())
-    text = "".join(" " if c in "-\u2013\u2014/,;:!?_" or c.isspace() else c for c in text)
+    text = re.sub(r"[-\u2013\u2014/,;:!?_\s]", " ", text)
     text = "".join(c for c in text if unicodedata.category(c)[0] not in "MP" or c in "'&%@#")
     if unknown := set(text) - set(ALPHABET):
         raise ValueError(f"{min(unknown)!r} in the transcript")
@@ -422,10 +396,9 @@ def find_files(folder, pattern="**/*"):
     return [p for p in sorted(folder.glob(pattern)) if not any(map(junk.match, p.relative_to(folder).parts))]
 
 
-def find_utterances(cfg, folder, training, whole=False):
-    """{"train", "val", "test", "submission", or some of them: [(sound or features file, or demo_voice's
-    arguments; text, None if unknown)]}. If "val" is missing, the end of "train" takes its place. Without
-    `training` only what is tested is returned. With `whole` a single list is the test set."""
+def find_utterances(cfg, folder):
+    """{"train": [(file or demo_voice's arguments, text)], "val": [...], "test": [...]}, or some of them. If
+    there is no validation set, the end of the training set takes its place."""
     if cfg.data == "librispeech":
         download(folder)
     if cfg.data == "demo":
@@ -434,23 +407,17 @@ def find_utterances(cfg, folder, training, whole=False):
         found = {split: read_librispeech(folder / "LibriSpeech" / part) for split, part in PARTS.items()}
     elif (folder / PARTS["train"] / "mfcc").is_dir():
         found = {split: read_hw4p2(folder / PARTS[split]) for split in ("train", "val")}
-        found["submission"] = [(p, None) for p in find_files(folder / PARTS["test"] / "mfcc", "*.npy")]
     elif folder.is_dir() and not (folder / "metadata.csv").exists():
         lists = {"train": folder / "train.tsv", "val": folder / "dev.tsv", "test": folder / "test.tsv"}
         found = {split: read_list(path) for split, path in lists.items() if path.exists()}
     else:
-        items = read_list(folder / "metadata.csv" if folder.is_dir() else folder)
-        found = {"test" if whole else "train": items}
+        found = {"train": read_list(folder / "metadata.csv" if folder.is_dir() else folder)}
     found = {split: items for split, items in found.items() if items}
     if "val" not in found and "train" in found:
         held = max(1, len(found["train"]) // 20)
         say(f"note: there is no validation set; the last {held} utterances of the training set are taken")
         found["train"], found["val"] = found["train"][:-held], found["train"][-held:]
-    needed = ("train", "val") if training else ("test",) if "test" in found else ("val",)
-    for split in needed:
-        if not found.get(split):
-            raise UserError(f"{folder}: no utterances for {split}; data/README.md says what goes where")
-    return {split: found[split] for split in found if training or split in (*needed, "submission")}
+    return found
 
 
 def read_librispeech(folder):
@@ -474,71 +441,59 @@ def read_hw4p2(folder):
 
 def read_list(path):
     """[(sound file, text)] of a TSV: its columns `path` and `sentence`, `text` or `transcript`, without a
-    header the first two; or of LJSpeech's metadata.csv: `id|text|normalised text`. The files lie beside the
+    header the first two; or of LJSpeech's metadata.csv: `ID|text|normalised text`. The files lie beside the
     list, in clips/ (Common Voice) or in wavs/ (LJSpeech)."""
-    lj = path.name == "metadata.csv"
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not a readable list ({e}); data/README.md says what goes where") from None
-    rows = [[cell.strip(' "\r') for cell in line.split("|" if lj else "\t")] for line in lines]
-    header = [name.lower() for name in rows[0]] if rows else []
+    ljspeech = path.name == "metadata.csv"
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    rows = [line.split("|" if ljspeech else "\t") for line in lines if line.strip()]
+    if ljspeech:
+        return [(path.parent / "wavs" / f"{row[0]}.wav", row[-1]) for row in rows]
+    header = [name.strip().lower() for name in rows[0]] if rows else []
     names = [name for name in ("sentence", "text", "transcript") if name in header]
-    file, text = 0, -1 if lj else 1  # columns
+    file, text = 0, 1  # columns
     if "path" in header and names:
         rows, file, text = rows[1:], header.index("path"), header.index(names[0])
     items = []
     for row in rows:
-        if len(row) <= max(file, text, 1):
+        if len(row) <= max(file, text):
             raise UserError(f"{path}: a line without path and text: {' '.join(row)!r}")
-        sound = path.parent / (f"wavs/{row[file]}.wav" if lj else row[file])
-        clip = path.parent / "clips" / row[file]
-        items.append((clip if clip.is_file() and not sound.is_file() else sound, row[text]))
+        sound, clip = path.parent / row[file].strip(), path.parent / "clips" / row[file].strip()
+        items.append((clip if clip.is_file() else sound, row[text]))
     return items
 
 
 def download(folder):
     """LibriSpeech, by torchaudio, which checks its digests; moved to its place when all parts are there."""
-    from torchaudio.datasets import LIBRISPEECH
     target, partial = folder / "LibriSpeech", folder / "download"
     while RANK and not target.is_dir():  # the other processes wait for rank 0
         time.sleep(1)
-    if target.is_dir():
-        return
-    try:
+    if not target.is_dir():
         shutil.rmtree(partial / "LibriSpeech", ignore_errors=True)  # unpacked by a run that was stopped
         partial.mkdir(parents=True, exist_ok=True)
         for part in PARTS.values():
             say(f"downloading LibriSpeech's {part} into {partial}")
-            LIBRISPEECH(partial, part, download=True)
+            torchaudio.datasets.LIBRISPEECH(partial, part, download=True)
         os.replace(partial / "LibriSpeech", target)
-    except Exception as e:
-        raise UserError(f"{partial}: no download ({e}); data/README.md says what goes where") from None
 
 
 def extract(items, name):
-    """(features, texts) of utterances: lists of (T, F) float16 and of strings, "" for an unknown text (None).
-    What cannot be used is skipped and counted by reason. UserError if that is more than 5 %."""
-    features, texts, skipped = [], [], {}
-    for number, (item, text) in enumerate(items, 1):
+    """(features, texts) of utterances: lists of (T, F) float16 and of strings. What cannot be used is skipped
+    and counted by reason. UserError if that is more than 5 %."""
+    features, texts, unusable = [], [], {}
+    for item, text in items:
         try:
-            text = "" if text is None else clean(text)
+            text = clean(text)
             features.append(read_features(item).half())
             texts.append(text)
-        except ImportError:  # of soundfile
-            raise
         except Exception as e:  # a damaged file can raise nearly anything
             reason = str(getattr(e, "error_string", e))  # soundfile's, which does not name the file
-            skipped.setdefault(reason, []).append(item)
-        if number % 2000 == 0:
-            say(f"{name}: features of {number:,} of {len(items):,} files")
-    count = sum(map(len, skipped.values()))
-    reasons = [f"{len(files)}: {reason} (first {files[0]})" for reason, files in skipped.items()]
-    line = f"{name}: {count} of {len(items)} utterances are unusable, {', '.join(reasons[:5])}"
-    limit = 0 if items[0][1] is None else 5  # percent; a submission has to be complete
-    if 100 * count > limit * len(items):
-        raise UserError(f"{line}; the limit is {limit} %")
-    if count:
+            unusable.setdefault(reason, []).append(item)
+    if unusable:
+        count = len(items) - len(texts)
+        reasons = [f"{len(files)}: {reason} (first {files[0]})" for reason, files in unusable.items()]
+        line = f"{name}: {count} of {len(items)} utterances are unusable, {', '.join(reasons[:5])}"
+        if count > 0.05 * len(items):
+            raise UserError(f"{line}; the limit is 5 %")
         say(f"note: {line}; skipped")
     return features, texts
 
@@ -551,21 +506,19 @@ def prepare(cfg, split, items, folder):
     inputs = [(str(path), path.exists() and path.stat().st_mtime_ns, text) for path, text in items]
     home = folder if folder.is_dir() else folder.parent
     cached = home / "cache" / f"{split}-{seed_for('log-mel 5', inputs):x}.pt"  # raise 5 when features change
-    while RANK or cached.exists():
-        with contextlib.suppress(Exception):  # not there yet; or damaged, then it is made again
-            return Utterances(*torch.load(cached, weights_only=True, mmap=True))
-        if RANK == 0:
-            break
+    while RANK and not cached.exists():
         time.sleep(1)
-    result, part = extract(items, f"{cfg.data}: {split}"), cached.with_suffix(f".{os.getpid()}.part")
-    try:
+    if not cached.exists():
+        say(f"{cfg.data}: {split}: calculating the features of {len(items):,} utterances, kept in {cached}")
+        result, part = extract(items, f"{cfg.data}: {split}"), cached.with_suffix(f".{os.getpid()}.part")
         cached.parent.mkdir(exist_ok=True)
-        torch.save(result, part)
+        try:
+            torch.save(result, part)
+        except RuntimeError as e:  # a full disk
+            part.unlink(missing_ok=True)
+            raise UserError(f"{cached}: cannot be written ({e})") from None
         os.replace(part, cached)
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{cached}: cannot be written ({e}); make room, or copy the data elsewhere") from None
-    return Utterances(*result)
+    return Utterances(*torch.load(cached, weights_only=True, mmap=True))
 
 
 class Utterances:
@@ -575,19 +528,19 @@ class Utterances:
         self.features, self.texts, self.lengths = features, texts, np.array([len(x) for x in features])
 
     def cuts(self, budget):
-        """[(a, b)]: slices of the utterances sorted by length, each with at most `budget` padded frames."""
+        """Slices of the utterances sorted by length, each with at most `budget` frames, padding included."""
         starts = [0]
         for i, length in enumerate(np.sort(self.lengths)):
             if (i + 1 - starts[-1]) * length > budget and i > starts[-1]:
                 starts.append(i)
-        return list(zip(starts, [*starts[1:], len(self.texts)]))
+        return list(map(slice, starts, [*starts[1:], None]))
 
     def batch(self, chosen, device, speeds=None):
         """Utterances given by number, at these speeds, by linear interpolation between their frames: features
         (B, T, F), lengths (B,) on the CPU, targets (B, U), all padded with 0."""
         x = [self.features[i].float() for i in chosen]
         if speeds is not None:
-            sizes = [max(1, round(len(part) / speed)) for part, speed in zip(x, speeds)]
+            sizes = [round(len(part) / speed) for part, speed in zip(x, speeds)]
             x = [F.interpolate(part.T[None], n, mode="linear")[0].T for part, n in zip(x, sizes)]
         lengths = torch.tensor([len(part) for part in x])
         targets = [torch.tensor([*map(VOCABULARY.index, self.texts[i]), EOS]) for i in chosen]
@@ -595,21 +548,24 @@ class Utterances:
         return x.to(device, non_blocking=True), lengths, targets.to(device, non_blocking=True)
 
 
-def load_data(cfg, n_features=0, whole=False):
+def load_data(cfg, n_features=0):
     """{split: Utterances}; for a trained model, which takes n_features per frame, only what is tested."""
     folder = Path("data", cfg.data) if cfg.data in AUTO else Path(cfg.data)
-    found = find_utterances(cfg, folder, not n_features, whole)
-    data = {split: prepare(cfg, split, items, folder) for split, items in found.items()}
+    found = find_utterances(cfg, folder)
+    tested = "test" if "test" in found else "val"
+    needed = [tested] if n_features else ["train", "val", tested]
+    for split in needed:
+        if split not in found:
+            raise UserError(f"{folder}: no utterances for {split}; data/README.md says what goes where")
+    data = {split: prepare(cfg, split, items, folder) for split, items in found.items() if split in needed}
     widths = {x.shape[1] for part in data.values() for x in part.features} | {n_features} - {0}
     if len(widths) > 1:
-        known = f"; {cfg.ckpt} takes {n_features}" if n_features else ""
-        raise UserError(f"--data {cfg.data}: {' and '.join(map(str, widths))} features per frame{known}")
+        raise UserError(f"{folder}: {sorted(widths)} features per frame; all files and the model must agree")
     return data
 
 
 def spec_augment(x, strength):
     """SpecAugment: two stripes of features and two of frames of each sound become 0, the mean: (B, T, F)."""
-    from torchaudio.functional import mask_along_axis_iid
     for _ in range(2):
         x = mask_along_axis_iid(x, int(strength * 0.3 * x.shape[2]), 0.0, axis=2)
         x = mask_along_axis_iid(x, int(strength * 40), 0.0, axis=1, p=0.2)
@@ -649,71 +605,50 @@ def decode(model, cfg, data, device, beam_size):
     """The texts of all utterances; each process does its share, and all get the result."""
     model.eval()
     order = np.argsort(data.lengths, kind="stable")
-    ids = torch.zeros(len(order), 1 + (max(data.lengths) // cfg.stack >> cfg.layers), dtype=torch.long)
-    for a, b in data.cuts(30000)[RANK::WORLD]:
-        x, lengths, _ = data.batch(order[a:b], device)
+    ids = torch.zeros(len(order), 1 + max(data.lengths) // model.listener.reduction, dtype=torch.long)
+    for cut in data.cuts(30000)[RANK::WORLD]:
+        x, lengths, _ = data.batch(order[cut], device)
         rows = beam_search(model, x, lengths, beam_size, CTC_IN_SEARCH if cfg.ctc_weight else 0.0)
-        for i, row in zip(order[a:b], rows):
+        for i, row in zip(order[cut], rows):
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
     rows = all_sum(ids.to(device)).tolist()
     return ["".join(VOCABULARY[i] for i in row if i != PAD).strip() for row in rows]
 
 
 def evaluate(model, cfg, data, device, beam_size):
-    """(figures, texts): error rates in percent, and the mean number of character errors in an utterance,
-    Kaggle's measure for HW4P2. No true character is fed to the speller."""
+    """(error rates in percent, texts). No true character is fed to the speller."""
     texts = decode(model, cfg, data, device, beam_size)
-    share = cer(data.texts, texts)
-    distance = share * sum(map(len, data.texts)) / len(texts)
-    return {"cer": 100 * share, "wer": 100 * wer(data.texts, texts), "distance": distance}, texts
+    return {"cer": 100 * cer(data.texts, texts), "wer": 100 * wer(data.texts, texts)}, texts
 
 
 def score(model, cfg, data, folder, device):
     """The figures of the test set, or where there is none of the validation set; writes the transcripts."""
-    split = "test" if "test" in data else "val"
-    figures, texts = evaluate(model, cfg, data[split], device, cfg.beam_size)
-    files = {"hypotheses.tsv": ["reference\thypothesis", *map("\t".join, zip(data[split].texts, texts))]}
-    if "submission" in data:  # HW4P2's test set, without transcripts
-        lines = enumerate(decode(model, cfg, data["submission"], device, cfg.beam_size))
-        files["submission.csv"] = ["index,label", *(f"{i},{text}" for i, text in lines)]
-    for file, lines in files.items():
-        if RANK == 0:
-            (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    part = data.get("test", data.get("val"))
+    figures, texts = evaluate(model, cfg, part, device, cfg.beam_size)
+    if RANK == 0:
+        lines = ["reference\thypothesis", *map("\t".join, zip(part.texts, texts))]
+        (folder / "hypotheses.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return figures | {"n": len(texts)}
 
 
 @torch.no_grad()
 def draw(model, data, path, device):
-    """A picture of the attention to one utterance: time against characters, below its features."""
+    """A picture of the attention to one utterance: time against characters."""
     median = np.argsort(data.lengths)[len(data.lengths) // 2]
     x, lengths, targets = data.batch([median], device)
     _, attention, _ = model.eval()(x, lengths, targets)
-    seconds, characters = x.shape[1] / 100, targets.shape[1]
-    figure = Figure((9, 6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3])
-    above.imshow(x[0].T.cpu().numpy(), aspect="auto", origin="lower", extent=(0, seconds, 0, x.shape[2]))
-    above.set_ylabel("feature")
-    below.imshow(attention[0].cpu().numpy(), aspect="auto", cmap="Blues", extent=(0, seconds, characters, 0))
-    below.set_yticks(np.arange(characters) + 0.5, [*data.texts[median].replace(" ", "_"), "end"], fontsize=7)
-    below.set(xlabel="time (s)", ylabel="character")
-    if RANK == 0:
-        figure.savefig(path, dpi=90)
+    characters = [*data.texts[median].replace(" ", "_"), "end"]
+    figure = Figure((9, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="time (s)", ylabel="character")
+    axes.imshow(attention[0].cpu().numpy(), aspect="auto", cmap="Blues",
+                extent=(0, x.shape[1] / 100, len(characters) - 0.5, -0.5))
+    axes.set_yticks(range(len(characters)), characters, fontsize=7)
+    figure.savefig(path, dpi=90)
 
 
 def build(cfg, n_features, device):
     shape = cfg.hidden, cfg.layers, cfg.speller, cfg.dropout, cfg.stack
     return LAS(n_features, len(VOCABULARY), *shape).to(device)
-
-
-def cut_at_pauses(x, longest):
-    """(T, F) -> [parts of at most `longest` frames], cut where it is quietest in the second half of each; the
-    last has at least a quarter of them."""
-    parts = []
-    while len(x) > longest:
-        loudness = F.avg_pool1d(x[:longest].mean(1)[None, None], 15, 1, 7)[0, 0]
-        at = longest // 2 + int(loudness[longest // 2 : len(x) - longest // 4].argmin())
-        parts, x = [*parts, x[:at]], x[at:]
-    return [*parts, x]
 
 
 def predict(mode, inputs, flags):
@@ -724,9 +659,7 @@ def predict(mode, inputs, flags):
     model = build(cfg, n_features, device)
     model.load_state_dict(ckpt["model"])
     if mode == "eval":
-        trained_on = Path(ckpt["config"]["data"]).resolve()
-        data = load_data(cfg, n_features, whole=Path(cfg.data).resolve() != trained_on)
-        figures = score(model, cfg, data, folder, device)
+        figures = score(model, cfg, load_data(cfg, n_features), folder, device)
         return say(f"{show(figures, digits=6)}\nwritten: {folder}/hypotheses.tsv")
     bad, lines = [], []
     for name in inputs:
@@ -737,7 +670,7 @@ def predict(mode, inputs, flags):
         except Exception as e:  # a damaged file can raise nearly anything; the others are done all the same
             bad.append(f"{name} ({e})")
             continue
-        parts = cut_at_pauses(x, ckpt["longest"])
+        parts = x.tensor_split(math.ceil(len(x) / ckpt["longest"]))  # of equal length
         data = Utterances(parts, [""] * len(parts))
         text = " ".join(filter(None, decode(model, cfg, data, device, cfg.beam_size)))
         say(f"{name}: {text}" if len(inputs) > 1 else text)
@@ -793,8 +726,7 @@ def seed_for(*key):
 
 
 def parse_args(argv):
-    """The command line as (mode, inputs, flags); flags has only the options given. Each field of Config is an
-    option; its comment is the help, and may begin with choices: a|b|c."""
+    """(mode, inputs, flags given) of a command line. A field of Config is a flag, its comment the help."""
     parser = argparse.ArgumentParser(
         usage=f"python {SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", description=__doc__,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30, 110),
@@ -846,8 +778,7 @@ def load_checkpoint(path):
     """The dict that Run.save wrote. UserError if the file is not a checkpoint of this script."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        if ckpt["script"] != SCRIPT:
-            raise ValueError(f"it was written by {ckpt['script']}.py")
+        assert ckpt["script"] == SCRIPT, f"it was written by {ckpt['script']}.py"
         return ckpt
     except Exception as e:  # a damaged file can raise nearly anything
         raise UserError(f"{path}: no checkpoint of {SCRIPT}.py ({e!r:.99}); train first") from None
@@ -863,6 +794,7 @@ def load_weights(model, state):
 
 def merge_config(ckpt, flags, path, fixed):
     """The Config of a checkpoint, updated with flags. UserError if a flag in `fixed` differs from it."""
+    flags = {k: v for k, v in flags.items() if v != "auto" or k in MAY_CHANGE}
     for name in sorted(fixed & flags.keys()):
         if flags[name] != ckpt["config"].get(name):
             raise UserError(f"--{name} {flags[name]}: {path} has {ckpt['config'].get(name)}; start a new run")
@@ -899,15 +831,15 @@ class Run:
             self.ckpt = load_checkpoint(last)
             self.cfg = merge_config(self.ckpt, flags, last, Config.__dataclass_fields__.keys() - MAY_CHANGE)
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
-        self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # that earlier processes took
-        self.sums, self.stop_requested, self.stop = 0.0, False, False  # requested here; agreed on
+        self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # of earlier processes
+        self.sums, self.stop_requested, self.stop = 0.0, False, False  # by a signal; by all ranks
         self.device = pick_device(self.cfg)
         hint = f" (generated; {REAL})" if self.cfg.data == "demo" else ""
         say(f"data: {self.cfg.data}{hint}\nrun: {self.folder}, from step {self.step:,}")
 
     def start(self, total):
         """Call before the loop over `total` steps: opens the log; makes signals wait for a save."""
-        self.total, self.last_log = total, (time.perf_counter(), self.step)
+        self.total, self.saved, self.last_log = total, self.step, (time.perf_counter(), self.step)
         if RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "log.jsonl").open("ab") as log:  # continues where the checkpoint was saved
@@ -916,14 +848,13 @@ class Run:
         signal.signal(signal.SIGTERM, self.request_stop)
 
     def request_stop(self, *_):
-        if self.step == self.total:  # only the test is left
+        if self.saved >= self.total:  # only the test is left
             raise KeyboardInterrupt
         self.stop_requested = True
 
     def step_done(self, losses, count, lr):
-        """Call after each step; returns (evaluate now, save now), alike on all ranks. `losses` is {name:
-        scalar on the device}, whose mean over ranks is the loss of a batch of `count` items. They are read,
-        and ranks agree to stop, only where a log line or a save is due."""
+        """Call after each step; returns (evaluate now, save now), the same on all ranks. `losses` is {name:
+        share of this rank, on the device}, read only for a log line or a save; `count` the batch's items."""
         self.step += 1
         self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
         log, check, save = (self.step == self.total or self.step % every == 0
@@ -936,7 +867,7 @@ class Run:
             raise UserError(f"step {self.step}: loss is not finite: {dict(zip(losses, sums))}; lower --lr")
         seconds, steps = time.perf_counter() - self.last_log[0], self.step - self.last_log[1]
         means = {name: value / steps for name, value in zip(losses, sums)}
-        self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds)},
+        self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds, 1)},
                    f"eta {(self.total - self.step) * seconds / steps / 60:.1f} min")
         self.sums, self.last_log = 0.0, (time.perf_counter(), self.step)
         self.stop = requests > 0 and self.step < self.total
@@ -966,7 +897,9 @@ class Run:
                 file.write(buffer.getbuffer())
                 os.fsync(file.fileno())
             os.replace(part, self.folder / name)
-        all_sum(torch.zeros(1, device=self.device)).item()
+        all_sum(torch.zeros(1, device=self.device)).item()  # waits for rank 0
+        if name == "last.pt":
+            self.saved = self.step
         self.last_log = time.perf_counter(), self.step  # the time of the evaluation does not count
 
     def finish(self, figures):
@@ -999,13 +932,10 @@ def main(argv=None):
     cuts = train.cuts(cfg.batch_size)
     if train.lengths.sum() * n_features < 4e9:  # 8 GB
         train.features = [x.to(device) for x in train.features]
-    if dense := sum(len(text) > n // cfg.stack >> cfg.layers for n, text in zip(train.lengths, train.texts)):
-        say(f"note: {dense:,} texts have more characters than listener frames; lower --layers or --stack")
     schedule, count = len(cuts) * cfg.epochs, round(train.lengths.sum() / len(cuts))
     total = min(cfg.max_steps or schedule, schedule)
     counts = ", ".join(f"{len(part.texts):,} {split}" for split, part in data.items())
-    say(f"utterances: {counts}; {n_features} features; {train.lengths.sum() / 360000:.2f} h to train on; "
-        f"steps: {total:,} of {count:,} frames")
+    say(f"utterances: {counts}; {n_features} features; steps: {total:,} of {count:,} frames")
 
     torch.manual_seed(cfg.seed)
     raw = build(cfg, n_features, device)
@@ -1020,47 +950,44 @@ def main(argv=None):
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
 
     @functools.lru_cache(1)
-    def arrange(epoch):
+    def order(epoch):
         """(order of the utterances, order of the batches). Utterances are sorted by their lengths times some
         noise, so that epochs differ; the first one goes from short to long, from which CTC learns sooner."""
         rng = np.random.default_rng(seed_for(cfg.seed, epoch))
-        order = np.argsort(train.lengths * rng.uniform(1, 1.05, len(train.lengths)))
-        return order, rng.permutation(len(cuts)) if epoch else range(len(cuts))
+        utterances = np.argsort(train.lengths * rng.uniform(1, 1.05, len(train.lengths)))
+        return utterances, rng.permutation(len(cuts)) if epoch else range(len(cuts))
 
     def fetch(step):
         """This rank's share of the batch of a step, which counts from 1: features (B, T, F), lengths (B,),
         targets (B, U), numbers of characters (B,), and the weight of their losses, whose mean over the ranks
-        (as DDP takes it) is the mean over all characters."""
+        (as DDP takes it) is then the mean over all characters."""
         epoch, place = divmod(step - 1, len(cuts))
-        order, batches = arrange(epoch)
-        a, b = cuts[batches[place]]
-        chosen, weight = order[a:b][RANK::WORLD], WORLD / sum(len(train.texts[i]) + 1 for i in order[a:b])
+        utterances, batches = order(epoch)
+        group = utterances[cuts[batches[place]]]
+        chosen, weight = group[RANK::WORLD], WORLD / sum(len(train.texts[i]) + 1 for i in group)
         if not len(chosen):  # fewer utterances than processes: this one takes part with a weight of 0
-            chosen, weight = order[a : a + 1], 0.0
+            chosen, weight = group[:1], 0.0
         torch.manual_seed(seed_for(cfg.seed, step, RANK))  # of dropout, SpecAugment and speeds
         speeds = torch.empty(len(chosen)).uniform_(1 - cfg.speed, 1 + cfg.speed).tolist()
         sizes = torch.tensor([len(train.texts[i]) for i in chosen])
-        return *train.batch(chosen, device, speeds if cfg.speed else None), sizes, weight
+        return *train.batch(chosen, device, speeds), sizes, weight
 
     def update(step, batch):
-        """One optimizer step; -> the parts of the loss."""
+        """One optimizer step; returns the parts of the loss."""
         x, lengths, targets, sizes, weight = batch
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step, schedule)
         raw.train()
-        if cfg.specaugment:
-            x = spec_augment(x, cfg.specaugment)
+        x = spec_augment(x, cfg.specaugment)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             logits, _, ctc_logits = model(x, lengths, targets, 1 - (1 - cfg.teacher) * step / schedule)
         spelling = weight * F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=PAD,
                                             reduction="sum", label_smoothing=0.1)
         log_p = ctc_logits.float().log_softmax(-1).transpose(0, 1)  # (T', B, V)
-        if device.type == "mps":  # which has no CTC of its own
-            log_p, targets = log_p.cpu(), targets.cpu()
-        frames = lengths // cfg.stack >> cfg.layers
-        ctc = weight * F.ctc_loss(log_p, targets, frames, sizes, PAD, "sum", zero_infinity=True).to(device)
+        frames = lengths // raw.listener.reduction
+        ctc = weight * F.ctc_loss(log_p, targets, frames, sizes, PAD, "sum", zero_infinity=True)
         loss = (1 - cfg.ctc_weight) * spelling + cfg.ctc_weight * ctc
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
         optimizer.step()
@@ -1084,7 +1011,8 @@ def main(argv=None):
 
     raw.load_state_dict(load_checkpoint(run.folder / "best.pt")["model"])
     figures = score(raw, cfg, data, run.folder, device)
-    draw(raw, data["val"], run.folder / "attention.png", device)
+    if RANK == 0:
+        draw(raw, data["val"], run.folder / "attention.png", device)
     run.finish(figures)
 
 

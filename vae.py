@@ -506,8 +506,7 @@ def seed_for(*key):
 
 
 def parse_args(argv):
-    """The command line as (mode, inputs, flags); flags has only the options given. Each field of Config is an
-    option; its comment is the help, and may begin with choices: a|b|c."""
+    """(mode, inputs, flags given) of a command line. A field of Config is a flag, its comment the help."""
     parser = argparse.ArgumentParser(
         usage=f"python {SCRIPT}.py [MODE] [INPUT ...] [--flag value ...]", description=__doc__,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30, 110),
@@ -559,8 +558,7 @@ def load_checkpoint(path):
     """The dict that Run.save wrote. UserError if the file is not a checkpoint of this script."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        if ckpt["script"] != SCRIPT:
-            raise ValueError(f"it was written by {ckpt['script']}.py")
+        assert ckpt["script"] == SCRIPT, f"it was written by {ckpt['script']}.py"
         return ckpt
     except Exception as e:  # a damaged file can raise nearly anything
         raise UserError(f"{path}: no checkpoint of {SCRIPT}.py ({e!r:.99}); train first") from None
@@ -576,6 +574,7 @@ def load_weights(model, state):
 
 def merge_config(ckpt, flags, path, fixed):
     """The Config of a checkpoint, updated with flags. UserError if a flag in `fixed` differs from it."""
+    flags = {k: v for k, v in flags.items() if v != "auto" or k in MAY_CHANGE}
     for name in sorted(fixed & flags.keys()):
         if flags[name] != ckpt["config"].get(name):
             raise UserError(f"--{name} {flags[name]}: {path} has {ckpt['config'].get(name)}; start a new run")
@@ -612,15 +611,15 @@ class Run:
             self.ckpt = load_checkpoint(last)
             self.cfg = merge_config(self.ckpt, flags, last, Config.__dataclass_fields__.keys() - MAY_CHANGE)
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
-        self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # that earlier processes took
-        self.sums, self.stop_requested, self.stop = 0.0, False, False  # requested here; agreed on
+        self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # of earlier processes
+        self.sums, self.stop_requested, self.stop = 0.0, False, False  # by a signal; by all ranks
         self.device = pick_device(self.cfg)
         hint = f" (generated; {REAL})" if self.cfg.data == "demo" else ""
         say(f"data: {self.cfg.data}{hint}\nrun: {self.folder}, from step {self.step:,}")
 
     def start(self, total):
         """Call before the loop over `total` steps: opens the log; makes signals wait for a save."""
-        self.total, self.last_log = total, (time.perf_counter(), self.step)
+        self.total, self.saved, self.last_log = total, self.step, (time.perf_counter(), self.step)
         if RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "log.jsonl").open("ab") as log:  # continues where the checkpoint was saved
@@ -629,14 +628,13 @@ class Run:
         signal.signal(signal.SIGTERM, self.request_stop)
 
     def request_stop(self, *_):
-        if self.step == self.total:  # only the test is left
+        if self.saved >= self.total:  # only the test is left
             raise KeyboardInterrupt
         self.stop_requested = True
 
     def step_done(self, losses, count, lr):
-        """Call after each step; returns (evaluate now, save now), alike on all ranks. `losses` is {name:
-        scalar on the device}, whose mean over ranks is the loss of a batch of `count` items. They are read,
-        and ranks agree to stop, only where a log line or a save is due."""
+        """Call after each step; returns (evaluate now, save now), the same on all ranks. `losses` is {name:
+        share of this rank, on the device}, read only for a log line or a save; `count` the batch's items."""
         self.step += 1
         self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
         log, check, save = (self.step == self.total or self.step % every == 0
@@ -649,7 +647,7 @@ class Run:
             raise UserError(f"step {self.step}: loss is not finite: {dict(zip(losses, sums))}; lower --lr")
         seconds, steps = time.perf_counter() - self.last_log[0], self.step - self.last_log[1]
         means = {name: value / steps for name, value in zip(losses, sums)}
-        self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds)},
+        self.write("train", means | {"lr": lr, f"{UNIT}/s": round(count * steps / seconds, 1)},
                    f"eta {(self.total - self.step) * seconds / steps / 60:.1f} min")
         self.sums, self.last_log = 0.0, (time.perf_counter(), self.step)
         self.stop = requests > 0 and self.step < self.total
@@ -679,7 +677,9 @@ class Run:
                 file.write(buffer.getbuffer())
                 os.fsync(file.fileno())
             os.replace(part, self.folder / name)
-        all_sum(torch.zeros(1, device=self.device)).item()
+        all_sum(torch.zeros(1, device=self.device)).item()  # waits for rank 0
+        if name == "last.pt":
+            self.saved = self.step
         self.last_log = time.perf_counter(), self.step  # the time of the evaluation does not count
 
     def finish(self, figures):

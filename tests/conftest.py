@@ -62,7 +62,7 @@ TABLE = {
         "tiny": "--image_size 16 --batch_size 16",
         "noise_off": "--drop_path 0 --augment 0",
         "predict": "eval --save pictures",
-        "predicted": "pictures/hardest.png",
+        "predicted": "pictures/roc.png",
         "shape_flag": "--stem_stride 4",
     },
 }

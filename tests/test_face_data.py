@@ -42,8 +42,8 @@ def test_demo_is_learnable_but_not_trivial():
     assert len({x.numpy().tobytes() for x in every}) == 4000
     pixels, owners = data["unseen"][0].flatten(1).float(), data["unseen"][1]
     z = torch.nn.functional.normalize(pixels - pixels.mean(0))
-    *_, scores, same = face.all_pairs(z, owners)
-    assert face.verification_metrics(scores, same)["eer"] > 0.3  # pixels alone do not solve it
+    i, j = torch.triu_indices(len(z), len(z), 1)
+    assert face.verification_metrics((z @ z.T)[i, j], owners[i] == owners[j])["eer"] > 0.3  # pixels alone do not solve it
     assert (owners[: data["known"]].bincount() == 1).all()
 
 
@@ -69,18 +69,16 @@ def test_images_of_all_kinds(tmp_path):
     kinds = {"L": "png", "RGBA": "png", "CMYK": "jpg", "P": "png", "1": "png", "LA": "png"}
     for mode, end in kinds.items():
         Image.new("RGB", (30, 20), (200, 200, 200)).convert(mode).save(tmp_path / f"{mode}.{end}")
-        out = face.read_image(tmp_path / f"{mode}.{end}", 16, False)
-        assert out.shape == (16, 16, 3) and out.dtype == np.uint8 and abs(int(out.mean()) - 200) < 60
-    Image.fromarray(np.linspace(0, 40000, 400).astype(np.uint16).reshape(20, 20)).save(tmp_path / "deep.png")
-    out = face.read_image(tmp_path / "deep.png", 20, False)
-    assert out[0].max() < 20 and out[-1].min() > 235
+        [out], _ = face.read_faces([tmp_path / f"{mode}.{end}"], 16)
+        assert out.shape == (3, 16, 16) and out.dtype == torch.uint8 and abs(out.float().mean() - 200) < 60
     big = np.zeros((250, 250, 3), np.uint8)
     big[69:181, 69:181] = 255
     Image.fromarray(big).save(tmp_path / "big.png")
-    assert face.read_image(tmp_path / "big.png", 112, True).min() == 255 > face.read_image(tmp_path / "big.png", 112, False).mean()
+    small, large = (face.read_faces([tmp_path / "big.png"], 112, lfw)[0].float() for lfw in (True, False))
+    assert small.min() == 255 > large.mean()
     Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
-    with pytest.raises(Image.DecompressionBombError):
-        face.read_image(tmp_path / "bomb.png", 16, False)
+    with pytest.raises(face.UserError, match="DecompressionBombError"):
+        face.read_faces([tmp_path / "bomb.png"], 16)
 
 
 def test_folder_of_people(people, call, refuses, tmp_path):
@@ -88,19 +86,11 @@ def test_folder_of_people(people, call, refuses, tmp_path):
     photo(people / "p3/only.png", 100)
     status, out, err = call(NAME, f"--data people {SMALL}")
     assert status == 0 and "13 train of 4 people" in out, err
-    assert "1 sub-folders of people hold no images" in out and "nobody" in out and "verified that are trained on" in out
+    assert "verified that are trained on" in out
     assert "eer" in out and torch.load(tmp_path / "out/convnext_face-people/best.pt", weights_only=True)["threshold"] != 0.5
     (people / "p3").rename(people / "p4")
     refuses(NAME, f"--data people {SMALL} --resume", "other people", "start anew")
     (people / "p4").rename(people / "p3")
-    assert list((tmp_path / "data/cache").glob("*.pt"))
-    photo(people / "p0/0.png", 250)  # the cache notices
-    before = face.load_data(face.Config(data="people", image_size=16))["val"][0][0].clone()
-    photo(people / "p0/0.png", 10)
-    assert not torch.equal(before, face.load_data(face.Config(data="people", image_size=16))["val"][0][0])
-    for path in (tmp_path / "data/cache").glob("*.pt"):  # a damaged cache is made again
-        path.write_bytes(b"damaged")
-    assert len(face.load_data(face.Config(data="people", image_size=16))["val"][0])
 
 
 def test_people_are_divided_in_their_order():
@@ -200,19 +190,19 @@ def test_hw2p2(hw2p2, call, refuses):
     identities = hw2p2 / "dev_identities.csv"
     good = identities.read_text()
     identities.write_text(good.replace("4,k1", "4;k1"))
-    refuses(NAME, f"--data task {SMALL}", "dev_identities.csv", "4;k1")
+    refuses(NAME, f"--data task {SMALL}", "dev_identities.csv", "KeyError(4)")
     identities.write_text(good.replace("8,k2\n", ""))
-    refuses(NAME, f"--data task {SMALL}", "dev_identities.csv", "8 of 9 images")
+    refuses(NAME, f"--data task {SMALL}", "dev_identities.csv", "each of 9 images", "KeyError(8)")
     shutil.rmtree(hw2p2 / "known/k0")
     identities.write_text(good)
     status, out, _ = call(NAME, f"--data task {SMALL} --out less")
-    assert status == 0 and "1 people who are not in" in out and "8 to verify" in out
+    assert status == 0 and "8 to verify" in out
     (hw2p2 / "known/k1").rename(hw2p2 / "known/n1")
     status, out, _ = call(NAME, f"--data task {SMALL}")
     assert status == 0 and "1 people are verified that are trained on: n1" in out
     for folder in ("k2", "n1"):
         shutil.rmtree(hw2p2 / "known" / folder)
-    refuses(NAME, f"--data task --out new {SMALL}", "known", "one per person")
+    refuses(NAME, f"--data task --out new {SMALL}", "0 to verify", "one sub-folder", "per person")
 
 
 def test_recipe_for_the_full_hw2p2(hw2p2, call, tmp_path):
@@ -241,23 +231,22 @@ def lfw(tmp_path):
 
 def test_pairs(lfw, trained, call):
     benchmark = f"eval --ckpt {trained} --images lfw --save csv --pairs"
+    shutil.copy(lfw / "pairsDevTest.txt", lfw / "pairsDevTrain.txt")
     status, out, err = call(NAME, f"{benchmark} pairsDevTest.txt")
-    assert status == 0 and "the checkpoint's" in out and "n 20" in out, err
+    assert status == 0 and "chosen on pairsDevTrain.txt" in out and "n 20" in out, err
     rows = [line.split(",") for line in open("csv/pairs.csv").read().splitlines()[1:]]
     scores, same = [float(row[3]) for row in rows], [int(row[2]) for row in rows]
     assert sum(same) == 10 and rows[0][:2] == ["P_0_0001.jpg", "P_0_0002.jpg"]
-    (lfw / "pairsDevTrain.txt").write_text((lfw / "pairsDevTest.txt").read_text())
-    status, out, _ = call(NAME, f"{benchmark} pairsDevTest.txt")
     best = max(np.mean([(v >= t) == s for v, s in zip(scores, same)]) for t in [*scores, 2])
-    assert "chosen on pairsDevTrain.txt" in out and f"acc {100 * best:.6g}," in out
+    assert f"acc {100 * best:.6g}," in out
     status, out, _ = call(NAME, f"{benchmark} pairs.txt")
-    assert status == 0 and "se " in out and "best on all folds" in out
+    assert status == 0 and "se " in out and "threshold" not in out
     read = face.read_pairs(lfw / "pairs.txt", lfw / "lfw")
     assert [pair[3] for pair in read] == [k for k in range(5) for _ in range(4)]
-    assert (lfw / "csv/hardest.png").stat().st_size > 1000
+    assert (lfw / "csv/roc.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("line", ["P_0\t1", "P_0\tone\t2", "P_0\t1\tP_1", "P_0\t1\tP_1\tx", "../P_0\t1\t2", "P_0 1 P_1 2 3", "a b c d e"])
+@pytest.mark.parametrize("line", ["P_0\t1", "P_0\tone\t2", "P_0\t1\tP_1", "P_0\t1\tP_1\tx", "P_0 1 P_1 2 3", "a b c d e"])
 def test_malformed_pairs(line, lfw, trained, refuses):
     lines = (lfw / "pairsDevTest.txt").read_text().splitlines()
     lines[4] = line
@@ -274,10 +263,12 @@ def test_pairs_that_do_not_fit(lfw, trained, refuses):
     refuses(NAME, f"{start} none.txt", "none.txt")
     lines = (lfw / "pairs.txt").read_text().splitlines()
     (lfw / "bad.txt").write_text("\n".join([lines[0], *sorted(lines[1:], key=len)]))  # those of one person first
-    refuses(NAME, f"{start} bad.txt", "bad.txt", "another order", "5 folds")
-    refuses(NAME, f"eval --ckpt {trained} --pairs pairs.txt", "--images")
+    refuses(NAME, f"{start} bad.txt", "bad.txt, line 4")
+    refuses(NAME, f"eval --ckpt {trained} --pairs pairs.txt", "P_0/P_0_0001.jpg", "missing")
     (lfw / "lfw/P_2/P_2_0003.jpg").unlink()
     refuses(NAME, f"{start} pairsDevTest.txt", "P_2_0003.jpg", "missing")
+    (lfw / "lfw/P_2/P_2_0003.jpg").write_bytes((lfw / "lfw/P_2/P_2_0002.jpg").read_bytes())
+    refuses(NAME, f"{start} pairsDevTest.txt", "pairsDevTrain.txt")
     refuses(NAME, f"eval --ckpt {trained} --data lfw", "other people")
 
 
@@ -298,23 +289,6 @@ def test_verify_and_identify(people, trained, call, refuses):
     refuses(NAME, f"identify people people/text.png {ask}", "text.png")
 
 
-def test_init_from_torchvision(people, call, refuses, tmp_path, monkeypatch):
-    models = pytest.importorskip("torchvision.models")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))  # where torchvision keeps what it has downloaded
-    file = tmp_path / "hub/hub/checkpoints" / models.ConvNeXt_Tiny_Weights.DEFAULT.url.split("/")[-1]
-    file.parent.mkdir(parents=True)
-    torch.save(models.convnext_tiny(weights=None).state_dict(), file)
-    tiny = SMALL.replace("mini", "tiny").replace("--batch_size 16 --max_steps 2", "--batch_size 2 --max_steps 1")
-    status, out, err = call(NAME, f"--data people {tiny} --init imagenet --lr 0 --out run")
-    assert status == 0 and "not taken from imagenet" in out and "head.weight" in out, err
-    ours, theirs = torch.load("run/last.pt", weights_only=True)["model"], torch.load(file, weights_only=True)
-    assert torch.equal(ours["features.5.5.expand.weight"], theirs["features.5.5.block.3.weight"])
-    assert torch.equal(ours["features.0.0.weight"], theirs["features.0.0.weight"])
-    refuses(NAME, f"--data people {SMALL} --init imagenet", "imagenet", "none of its weights fits")
-    file.write_bytes(b"damaged")
-    refuses(NAME, f"--data people {tiny} --init imagenet", "imagenet", "cannot be downloaded or read")
-
-
 def test_given_splits(tmp_path, call, refuses):
     for split, count in (("train", 4), ("val", 2), ("test", 3)):
         for i in range(3):
@@ -326,7 +300,7 @@ def test_given_splits(tmp_path, call, refuses):
     assert [row.split(",")[0] for row in rows[1:]] == ["p0"] * 3 + ["p1"] * 3 + ["p2"] * 3
     assert not list((tmp_path / "out/convnext_face-set").glob("*submission.csv"))
     data = face.load_data(face.Config(data="set", image_size=16))
-    mine = torch.from_numpy(face.read_image(tmp_path / "set/test/p1/2.png", 16, False)).permute(2, 0, 1)
+    [mine], _ = face.read_faces([tmp_path / "set/test/p1/2.png"], 16)
     assert torch.equal(data["test"][0][5], mine) and data["test"][1].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     (tmp_path / "set/test/p1").rename(tmp_path / "set/test/stranger")
     refuses(NAME, f"--data set --out new {SMALL}", "test", "2 are in one only: p1, stranger")
@@ -336,55 +310,16 @@ def test_given_splits(tmp_path, call, refuses):
     status, out, err = call(NAME, f"--data set --out new {SMALL}")
     assert status == 0 and "6 val, 6 test" in out and len(open("new/classification_submission.csv").readlines()) == 3, err
     shutil.rmtree(tmp_path / "set/val")
-    refuses(NAME, f"--data set --out other {SMALL}", "train and dev or val beside it", "3 are in one only")
+    refuses(NAME, f"--data set --out other {SMALL}", "train and val or dev must have the same people", "3 are in one only")
 
 
-def test_splits_are_not_people(tmp_path, refuses):
-    for split in ("Train", "Val"):
-        for k in range(5):
-            photo(tmp_path / f"set/{split}/{k}.png", 90)
-    refuses(NAME, f"--data set {SMALL}", "Train and Val are no people")
-
-
-def test_identities_go_by_name_or_number(tmp_path):
-    files = sorted(tmp_path / f"{i}.jpg" for i in range(12))  # 0, 1, 10, 11, 2, ...
+def test_identities_go_by_number(tmp_path):
+    files = sorted(tmp_path / f"{i:06}.jpg" for i in (*range(10, 12), *range(10)))
+    expected = {file: f"p{int(file.stem)}" for file in files}
     (tmp_path / "ids.csv").write_text("id,label\n" + "".join(f"{i},p{i}\n" for i in range(12)), encoding="utf-8-sig")
-    assert face.read_identities(tmp_path / "ids.csv", files) == {tmp_path / f"{i}.jpg": f"p{i}" for i in range(12)}
-    (tmp_path / "ids.csv").write_text("label,id\n" + "".join(f"p{i},{i}.jpg\n" for i in range(12)))
-    assert face.read_identities(tmp_path / "ids.csv", files) == {tmp_path / f"{i}.jpg": f"p{i}" for i in range(12)}
-
-
-def test_what_could_not_be_read_is_tried_again(people, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for i in range(30):
-        photo(people / f"p1/more{i}.png", 120)
-    read, broken, calls = face.read_image, people / "p1/more7.png", []
-
-    def failing(path, *how):
-        calls.append(path)
-        if path == broken:
-            raise OSError("stale file handle")
-        return read(path, *how)
-
-    paths = face.find_images(people)
-    monkeypatch.setattr(face, "read_image", failing)
-    images, good = face.read_faces(paths, 16, cache=True)
-    assert len(images) == len(good) == 47 and broken not in good and len(calls) == 48
-    monkeypatch.setattr(face, "read_image", lambda *how: calls.append(how[0]) or read(*how))
-    again, good = face.read_faces(paths, 16, cache=True)
-    assert good == paths and len(calls) == 49 and calls[-1] == broken  # the rest is from the cache
-    expected = torch.stack([torch.from_numpy(read(path, 16, False)).permute(2, 0, 1) for path in paths])
-    assert torch.equal(again, expected)
-    assert torch.equal(face.read_faces(paths, 16, cache=True)[0], expected) and len(calls) == 49
-
-
-def test_two_processes_decode_once(people, tmp_path):
-    """Rank 1 waits for the cache of rank 0, and reads no image itself."""
-    patch = "read = module.read_image\nmodule.read_image = lambda *how: print('decoded', flush=True) or read(*how)"
-    ranks = fork_two(NAME, f"--data people {SMALL} --out two".split(), tmp_path, prepare=patch)
-    assert [rank.returncode for rank in ranks] == [0, 0], "".join(rank.stderr for rank in ranks)
-    decoded = [rank.stdout.count("decoded") for rank in ranks]
-    assert decoded[0] >= 18 and decoded[1] == 0
+    assert face.read_identities(tmp_path / "ids.csv", files) == expected
+    (tmp_path / "ids.csv").write_text("label,id\n" + "".join(f"p{i},{i}\n" for i in range(12)))
+    assert face.read_identities(tmp_path / "ids.csv", files) == expected
 
 
 def test_centers_on_two_processes_equal_those_on_one(tmp_path):
@@ -412,9 +347,6 @@ def test_two_optimizers_resume_bitwise(call):
 
 def test_bad_flags(refuses):
     refuses(NAME, "--size huge --data demo", "huge", "micro")
-    refuses(NAME, "--stem_stride 3 --data demo", "3", "2 or 4")
-    refuses(NAME, "--image_size 8 --data demo", "--image_size 8")
-    refuses(NAME, "--drop_path 1 --data demo", "--drop_path")
     refuses(NAME, "--loss triplet", "triplet", "arcface")
 
 

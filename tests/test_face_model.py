@@ -74,8 +74,7 @@ def test_center_loss_and_its_update_by_hand():
     loss.centers[:] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [5.0, 5.0]])
     x, y = torch.tensor([[1.0, 2.0], [3.0, 0.0], [2.0, 1.0]]), torch.tensor([0, 0, 1])
     # half the squared distances: (1 + 4) / 2, (9 + 0) / 2, (1 + 0) / 2
-    assert loss(x, y).item() == pytest.approx((2.5 + 4.5 + 0.5) / 3)
-    assert loss(x, y, "sum").item() == pytest.approx(7.5)
+    assert loss(x, y).item() == pytest.approx(2.5 + 4.5 + 0.5)
     loss.update(x, y)
     # center 0: sum of c - x is (-4, -2), over 1 + 2; center 1: (-1, 0), over 1 + 1
     expected = torch.tensor([[0.5 * 4 / 3, 0.5 * 2 / 3], [1.25, 1.0], [5.0, 5.0]])

@@ -1,7 +1,6 @@
 """las_asr.py's files, formats and modes: real sounds, four layouts of a data set, what is refused."""
 import json
 import shutil
-import sys
 import tarfile
 import urllib.error
 
@@ -16,7 +15,7 @@ from forks import fork, fork_two
 SMALL = "--device cpu --compile off --hidden 8 --speller 8 --max_steps 2 --speed 0"
 
 
-def test_log_mel_equals_one_in_numpy():
+def test_log_mel_equals_one_in_numpy(tmp_path):
     t, rng = np.arange(16000) / 16000, np.random.default_rng(0)
     wave = rng.normal(size=16000) * 0.1 + np.sin(2 * np.pi * 1000 * t) * (t > 0.5)
     window = np.pad(0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400), 56)
@@ -27,10 +26,12 @@ def test_log_mel_equals_one_in_numpy():
     low, mid, high = hertz[:-2], hertz[1:-1], hertz[2:]
     triangles = np.maximum(0, np.minimum((f - low) / (mid - low), (high - f) / (high - mid)))
     expected = np.log(power @ triangles + 1e-6)
-    expected = (expected - expected.mean(0)) / np.maximum(expected.std(0, ddof=1), 1e-3)
     x = las.log_mel(wave, 16000)
     assert x.shape == (101, 80) and np.allclose(x, expected, atol=2e-3)
     assert las.log_mel(np.stack([wave, wave]), 16000).allclose(x, atol=1e-4)
+    soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
+    expected = (expected - expected.mean(0)) / np.maximum(expected.std(0, ddof=1), 1e-3)
+    assert np.allclose(las.read_features(tmp_path / "a.wav"), expected, atol=2e-3)
 
 
 def test_spec_augment_masks_each_sound_by_itself():
@@ -43,18 +44,6 @@ def test_spec_augment_masks_each_sound_by_itself():
     assert 0.05 < (y == 0).float().mean() < 0.6 and set(y.unique().tolist()) == {0.0, 1.0}
 
 
-def test_features_and_the_demo_need_no_soundfile(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "soundfile", None)  # as if it were not installed
-    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(30, 13)))
-    assert las.read_features(tmp_path / "a.npy").shape == (30, 13)
-    item = ("HELLO", 100.0, 1.0, 1.0, 0)
-    assert las.read_features(item).shape[1] == 80
-    (tmp_path / "b.wav").write_bytes(b"RIFF")
-    monkeypatch.setattr(las, "find_utterances", lambda *_, **how: {"val": [(tmp_path / "b.wav", "HELLO")]})
-    with pytest.raises(ImportError, match="soundfile"):  # and is no reason to skip a file
-        las.load_data(las.Config(data="demo"), 80)
-
-
 def test_text_is_mapped_where_obvious():
     assert las.clean("Hello,  world! It’s café-time") == "HELLO WORLD IT'S CAFE TIME"
     assert las.clean("yes,no:maybe… the U.S.") == "YES NO MAYBE THE US"
@@ -62,18 +51,6 @@ def test_text_is_mapped_where_obvious():
     for text, word in (("route 66", "6"), ("日本", "transcript"), ("", "empty"), (" ?! ", "empty"), ("''", "empty"), ("R&B", "&"), ("all %", "%"), ("100 m\u00b2", "0"), ("\u0142", "\u0141")):
         with pytest.raises(ValueError, match=word):
             las.clean(text)
-
-
-def test_long_sounds_are_cut_where_it_is_quiet():
-    x = torch.ones(1000, 4) + 0.1 * torch.rand(1000, 4)
-    for quiet in (170, 330, 600, 760):
-        x[quiet - 10 : quiet + 10] = -3
-    parts = las.cut_at_pauses(x, 250)
-    assert torch.equal(torch.cat(parts), x) and max(map(len, parts)) <= 250
-    for n in (250, 251, 312, 400):
-        assert all(62 <= len(part) <= 250 for part in las.cut_at_pauses(x[-n:], 250))
-    ends = np.cumsum([len(p) for p in parts])[:-1]
-    assert sum(min(abs(end - q) for q in (170, 330, 600, 760)) < 18 for end in ends) >= 3  # 10 and half a window
 
 
 SENTENCES = ["OLD DOG", "A RED CUP", "MY KING", "BLUE BOAT", "THE BIRD", "NEW LAMP", "EVERY MAN", "GIRL SEES"]
@@ -96,7 +73,7 @@ def eight(tmp_path_factory):
 
 def test_eight_utterances_are_memorised(eight):
     records = [json.loads(line) for line in (eight / "run" / "log.jsonl").read_text().splitlines()]
-    assert records[-1]["split"] == "test" and records[-1]["cer"] == records[-1]["wer"] == records[-1]["distance"] == 0
+    assert records[-1]["split"] == "test" and records[-1]["cer"] == records[-1]["wer"] == 0
     rows = (eight / "run" / "hypotheses.tsv").read_text().splitlines()
     assert rows == ["reference\thypothesis", *(f"{t}\t{t}" for t in SENTENCES)]
     assert (eight / "run" / "attention.png").stat().st_size > 5000
@@ -125,7 +102,7 @@ def test_a_long_file_is_cut_and_joined(eight, call, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "long.wav", np.random.default_rng(0).normal(size=16000 * 4) * 0.1, 16000)
     status, out, _ = call("las_asr", f"transcribe long.wav --ckpt {eight}/run/best.pt --device cpu")
     longest = torch.load(eight / "run" / "best.pt", weights_only=True)["longest"]
-    assert sum(heard) == 401 and max(heard) <= longest < 401
+    assert sum(heard) == 401 and max(heard) <= longest < 401 and max(heard) - min(heard) <= 1
     assert status == 0 and out.strip() == " ".join(f"PART {i}" for i in range(len(heard)))
 
 
@@ -138,7 +115,7 @@ def test_bad_sounds_to_transcribe(eight, call, refuses, tmp_path):
     (tmp_path / "text.wav").write_text("no sound")
     np.save(tmp_path / "narrow.npy", np.random.rand(50, 13).astype("float32"))
     np.save(tmp_path / "flat.npy", np.zeros(50))
-    for name, word in (("none.wav", "empty"), ("silence.wav", "silent"), ("blip.wav", "frames"), ("nan.wav", "not finite"),
+    for name, word in (("none.wav", "frames"), ("silence.wav", "silent"), ("blip.wav", "frames"), ("nan.wav", "not finite"),
                        ("text.wav", "text.wav"), ("narrow.npy", "13 features"), ("flat.npy", "(T, F)"), ("gone.wav", "gone.wav")):
         refuses("las_asr", f"transcribe {name} {ckpt}", name, word)
     refuses("las_asr", f"transcribe {ckpt}", "FILE")
@@ -173,8 +150,6 @@ def test_bad_lines_of_a_set(call, refuses, tmp_path):
     refuses("las_asr", f"--data {tsv} {SMALL}", "no utterances")
     (tmp_path / "nothing").mkdir()
     refuses("las_asr", f"--data nothing {SMALL}", "nothing", "no utterances for train")
-    refuses("las_asr", f"--data demo --speed 0.6 {SMALL.replace('--speed 0', '')}", "--speed", "0.5")
-    refuses("las_asr", f"--data demo --dropout 1 {SMALL}", "--dropout", "0.99")
 
 
 def test_lists_with_a_header_are_read_by_its_names(call, refuses, tmp_path):
@@ -189,13 +164,13 @@ def test_lists_with_a_header_are_read_by_its_names(call, refuses, tmp_path):
         for name in chosen:
             shutil.copy(tmp_path / name, voice / "clips" / name)
         (voice / f"{split}.tsv").write_text(header + "".join(f'f0\t{name}\t9\t"{split}," she said.\t2\t\n' for name in chosen))
-    found = las.find_utterances(las.Config(data=str(voice)), voice, training=True)
+    found = las.find_utterances(las.Config(data=str(voice)), voice)
     assert {split: len(items) for split, items in found.items()} == {"train": 24, "val": 3, "test": 3}
-    assert found["test"][0] == (voice / "clips" / "27.wav", 'test," she said.')
+    assert found["test"][0] == (voice / "clips" / "27.wav", '"test," she said.')
     status, out, _ = call("las_asr", f"--data {voice} {SMALL} --out voice")
     assert status == 0 and "24 train, 3 val, 3 test" in out
     assert (tmp_path / "voice" / "hypotheses.tsv").read_text().splitlines()[1].startswith("TEST SHE SAID\t")
-    for data, count in ((tmp_path / "my.tsv", 30), (voice, 3), (f"{tmp_path}/./cv", 3)):  # another list is tested as a whole, of a folder its test set
+    for data, count in ((tmp_path / "my.tsv", 1), (voice, 3), (f"{tmp_path}/./cv", 3)):  # of a list its end is tested, of a folder its test set
         status, out, _ = call("las_asr", f"eval --ckpt voice/best.pt --data {data} --device cpu --save there")
         assert status == 0 and f"n {count}" in out and len((tmp_path / "there" / "hypotheses.tsv").read_text().splitlines()) == count + 1
 
@@ -210,8 +185,8 @@ def test_lists_with_a_header_are_read_by_its_names(call, refuses, tmp_path):
         shutil.copy(tmp_path / name, speech / "wavs" / f"LJ-{i}.wav")
     (speech / "metadata.csv").write_text("".join(f'LJ-{i}|In 18, "he"|In eighteen, "he"\n' for i in range(29)) + "LJ-29|Plain\n")
     for data in (speech, speech / "metadata.csv"):
-        found = las.find_utterances(las.Config(data=str(data)), data, training=True)
-        assert found["train"][0] == (speech / "wavs" / "LJ-0.wav", 'In eighteen, "he')
+        found = las.find_utterances(las.Config(data=str(data)), data)
+        assert found["train"][0] == (speech / "wavs" / "LJ-0.wav", 'In eighteen, "he"')
         assert found["val"] == [(speech / "wavs" / "LJ-29.wav", "Plain")]
     status, out, _ = call("las_asr", f"--data {speech} {SMALL} --out lj")
     assert status == 0 and "29 train, 1 val" in out and (speech / "cache").is_dir()
@@ -234,10 +209,10 @@ def test_the_cache_is_used_and_never_stale(call, tmp_path, monkeypatch):
     assert call("las_asr", f"--data my.tsv {SMALL} --out b")[0] == 0 and not reads
     soundfile.write(tmp_path / "3.wav", np.ones(16000) * 0.1, 16000)
     assert call("las_asr", f"--data my.tsv {SMALL} --out c")[0] == 0 and len(reads) == 29
-    for path in (tmp_path / "cache").glob("*.pt"):
-        path.write_bytes(b"damaged")
-    reads.clear()
-    assert call("las_asr", f"--data my.tsv {SMALL} --out d")[0] == 0 and len(reads) == 30
+    shutil.rmtree(tmp_path / "cache")
+    done = fork("las_asr", f"--data my.tsv {SMALL} --out d", tmp_path, limit=10000)  # a full disk
+    assert done.returncode == 2 and done.stderr.startswith("error:") and "cannot be written" in done.stderr, done.stderr
+    assert not [*(tmp_path / "cache").iterdir()]
 
 
 def kaggle(folder, dim=13):
@@ -256,22 +231,14 @@ def test_the_kaggle_layout(call, refuses, tmp_path):
     kaggle(tmp_path / "data" / "hw4p2")
     small = SMALL.replace("--speed 0", "--speed 0.2").split()
     status, out, _ = call("las_asr", ["--data", "hw4p2", *small])
-    assert status == 0 and "6 train, 3 val, 4 submission; 13 features" in out
-    rows = (tmp_path / "out" / "las_asr-hw4p2" / "submission.csv").read_text().splitlines()
-    assert rows[0] == "index,label" and [row.split(",")[0] for row in rows[1:]] == ["0", "1", "2", "3"]
+    assert status == 0 and "6 train, 3 val; 13 features" in out
     refs = [row.split("\t")[0] for row in (tmp_path / "out" / "las_asr-hw4p2" / "hypotheses.tsv").read_text().splitlines()[1:]]
     assert refs == ["IT'S A"] * 3
-    for i in range(25):
-        np.save(tmp_path / "data" / "hw4p2" / "test-clean" / "mfcc" / f"v{i}.npy", np.random.rand(9 - 2 * (i == 3), 13))
-    (tmp_path / "out" / "las_asr-hw4p2" / "submission.csv").unlink()
-    refuses("las_asr", "eval --data hw4p2 --device cpu", "1: fewer than 8 frames", "v3.npy", "submission", "0 %")  # a row would be missing
-    assert not (tmp_path / "out" / "las_asr-hw4p2" / "submission.csv").exists()
-    (tmp_path / "data" / "hw4p2" / "test-clean" / "mfcc" / "v3.npy").unlink()
     status, out, _ = call("las_asr", f"eval --data {tmp_path}/data/hw4p2 --device cpu --save there")  # by its path
-    assert status == 0 and len((tmp_path / "there" / "submission.csv").read_text().splitlines()) == 29
+    assert status == 0 and len((tmp_path / "there" / "hypotheses.tsv").read_text().splitlines()) == 4
     folder = tmp_path / "data" / "hw4p2" / "train-clean-100"
-    np.save(folder / "mfcc" / "u1.npy", np.zeros((40, 12), "float32"))
-    refuses("las_asr", ["--data", "hw4p2", *small, "--out", "new"], "hw4p2", "features")
+    np.save(folder / "mfcc" / "u1.npy", np.random.rand(40, 12))
+    refuses("las_asr", ["--data", "hw4p2", *small, "--out", "new"], "hw4p2", "[12, 13] features")
     (folder / "transcript" / "raw" / "u1.npy").unlink()
     refuses("las_asr", ["--data", "hw4p2", *small, "--out", "new"], "u1.npy", "transcript")
 
@@ -280,7 +247,7 @@ def test_a_checkpoint_of_other_features(call, refuses, tmp_path):
     for name, dim in (("wide", 13), ("narrow", 7)):
         kaggle(tmp_path / name, dim)
         assert call("las_asr", f"--data {name} {SMALL} --out run-{name}")[0] == 0
-    refuses("las_asr", "eval --ckpt run-wide/best.pt --data narrow --device cpu", "7 features", "13")
+    refuses("las_asr", "eval --ckpt run-wide/best.pt --data narrow --device cpu", "narrow", "[7, 13] features")
 
 
 def libri(folder, parts):
@@ -318,7 +285,7 @@ def test_librispeech_is_downloaded_whole_or_not_at_all(call, refuses, tmp_path, 
 
     monkeypatch.setattr("torchaudio.datasets.librispeech.download_url_to_file", fetch)
     home = tmp_path / "data" / "librispeech"
-    refuses("las_asr", f"--data librispeech {SMALL}", "no network", "data/README.md")
+    refuses("las_asr", f"--data librispeech {SMALL}", "no network")
     assert not (home / "LibriSpeech").exists()
     next((home / "download" / "LibriSpeech").rglob("*.flac")).unlink()  # as if killed while it unpacked
     down.clear()
@@ -330,7 +297,7 @@ def test_librispeech_is_downloaded_whole_or_not_at_all(call, refuses, tmp_path, 
 @pytest.mark.skipif(not (ROOT / "data" / "librispeech").exists(), reason="data/librispeech is not there")
 def test_real_flac_utterances(call, tmp_path):
     folder = ROOT / "data" / "librispeech"
-    found = las.find_utterances(las.Config(data=str(folder)), folder, training=True)
+    found = las.find_utterances(las.Config(data=str(folder)), folder)
     assert len(found["train"]) + len(found["val"]) == 44
     path, text = found["val"][0]
     x = las.read_features(path)
@@ -338,10 +305,9 @@ def test_real_flac_utterances(call, tmp_path):
     assert las.clean(text) == text
 
 
-def test_two_processes_write_the_same_submission(tmp_path):
+def test_two_processes_write_the_same_hypotheses(tmp_path):
     kaggle(tmp_path / "data" / "hw4p2")
     small = f"--data hw4p2 {SMALL} --dtype float32 --max_steps 1"
     ranks = [fork("las_asr", f"{small} --out one", tmp_path), *fork_two("las_asr", f"{small} --out two", tmp_path)]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], "".join(rank.stderr for rank in ranks)
-    for file in ("submission.csv", "hypotheses.tsv"):
-        assert (tmp_path / "one" / file).read_text() == (tmp_path / "two" / file).read_text()
+    assert (tmp_path / "one" / "hypotheses.tsv").read_text() == (tmp_path / "two" / "hypotheses.tsv").read_text()

@@ -103,7 +103,7 @@ def test_lengths_after_the_pyramid():
         expected = [n // stack for n in lengths.tolist()]
         for _ in range(layers):
             expected = [n // 2 for n in expected]
-        assert left.tolist() == expected and y.shape == (3, expected[0], 16)
+        assert left.tolist() == expected == (lengths // net.listener.reduction).tolist() and y.shape == (3, expected[0], 16)
         assert all(not y[i, n:].any() for i, n in enumerate(expected))
 
 
