@@ -53,12 +53,13 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 
 
 @dataclass
 class Config:
     # the same in all five scripts; a comment is the help of its flag, and may begin with choices: a|b|c
-    data: str = "auto"  # demo, hw2p2, hw2p2-full or a folder of people; auto: one in data/, or demo
+    data: str = "auto"  # demo, hw2p2, hw2p2-full or a folder of people; auto: the first in data/, else demo
     out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
     save: str = ""  # folder for predictions (default: the folder of the checkpoint)
     ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)
@@ -82,7 +83,7 @@ class Config:
     stem_stride: int = 2  # stride of the first layer: 4 as in the paper, 2 for small images
     drop_path: float = 0.2  # stochastic depth: chance of skipping the last block, less before
     augment: float = 1.0  # strength of the augmentation; 0: none
-    loss: str = "center"  # softmax|center|arcface: cross-entropy of cosines; + center loss; + margin
+    loss: str = "center"  # softmax|center|arcface: cross-entropy of cosines, with center loss, with a margin
     center_weight: float = 0.003  # weight of the center loss (lambda in the paper)
     ema: float = 0.998  # decay of the moving average of the weights, which is tested and saved
     pairs: str = ""  # eval: a file of pairs in LFW's form, such as pairsDevTest.txt or pairs.txt
@@ -202,7 +203,7 @@ class ConvNeXt(nn.Module):
 
 
 class CenterLoss(nn.Module):
-    """L_C = 1/2 |x_i - c_{y_i}|^2, each person's center c following the features (Wen et al., equations 2-4).
+    """L_C = 1/2 sum_i |x_i - c_{y_i}|^2, the centers c following the features (Wen et al., equations 2 to 4).
 
     forward(features (B, D), labels (B,)) -> the sum over the batch. The centers have no gradients: `update`
     subtracts alpha sum(c - x) / (1 + n) from the center c of n samples x, summed over all processes.
@@ -320,7 +321,6 @@ def find_people(folder):
 def read_faces(paths, size, lfw=False):
     """The images that can be read, (N, 3, size, size) uint8, and their N paths. Each is turned upright and
     cut to its middle square; with `lfw`, one of 250x250 pixels to the middle 112x112, where the face is."""
-    from PIL import Image, ImageOps
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
 
     def read(i):
@@ -459,7 +459,7 @@ def augment(x, strength):
         return x
     flip = torch.where(torch.rand(len(x), device=x.device) < 0.5, -1.0, 1.0)
     angle, squeeze = draw(0.26), draw(0.08).exp()
-    zoom = (strength * (0.15 - 1.15 * torch.rand(len(x), device=x.device))).exp()  # mostly into the picture
+    zoom = (strength * (0.15 - 1.15 * torch.rand(len(x), device=x.device))).exp()  # it mostly enlarges
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     rows = torch.stack([flip * cos * squeeze, -sin, draw(0.12), flip * sin * squeeze, cos, draw(0.12)], 1)
     grid = F.affine_grid(rows.view(-1, 2, 3), x.shape, align_corners=False)
@@ -471,7 +471,7 @@ def augment(x, strength):
     x = (middle + (x - middle) * (1 + draw(0.4, 1, 1, 1))) * (1 + draw(0.4, 1, 1, 1))  # contrast, brightness
     x = x * (1 + draw(0.08, 3, 1, 1))
     axis = torch.linspace(-1, 1, x.shape[2], device=x.device)
-    half = 0.35 * torch.rand(len(x), 2, 1, device=x.device)  # of every other sample a rectangle is erased
+    half = 0.35 * torch.rand(len(x), 2, 1, device=x.device)  # half of the samples lose a rectangle
     half = half * (torch.rand(len(x), 1, 1, device=x.device) < strength / 2)
     near = (axis - (2 * torch.rand(len(x), 2, 1, device=x.device) - 1)).abs() < half  # (B, 2, S)
     return x.clamp(0, 1).masked_fill((near[:, 0, :, None] & near[:, 1, None, :])[:, None], 0.5)
@@ -503,7 +503,7 @@ def roc(scores, same):
 def verification_metrics(scores, same):
     """Figures of scores (N,), the higher the more alike, for pairs that are the same person's or not (N,):
     {"auc", "eer", "tar_at_far": {0.01, 0.001}, "threshold"}, all but the last 0-1. The EER is where straight
-    lines between the ROC's points cross FAR = 1 - TAR; the threshold is the next point's."""
+    lines between the ROC's points cross FAR = 1 - TAR; the threshold is that of the first point after it."""
     far, tar, threshold = roc(scores, same)
     excess = far - (1 - tar)  # rises from -1 to 1
     i = int(np.argmax(excess >= 0))
@@ -515,7 +515,7 @@ def verification_metrics(scores, same):
 
 
 def best_threshold(scores, same):
-    """The threshold that judges most pairs rightly."""
+    """The threshold with which most pairs are judged rightly."""
     far, tar, threshold = roc(scores, same)
     positive = float(np.asarray(same, float).sum())
     return float(threshold[np.argmax(tar * positive - far * (len(scores) - positive))])
@@ -562,7 +562,7 @@ def verification(scores, same):
 def evaluate(model, data, split, device):
     """(figures in percent, the threshold at the EER, predicted classes (N,), embeddings (M, D) of the unseen
     faces, their P pairs: places (P,), (P,), cosines (P,), same person or not (P,)). `ident` is the share of
-    unseen faces whose nearest face in the gallery is the same person's."""
+    unseen faces whose nearest face in the gallery is the same person's; they are the same for all splits."""
     _, classes = embed(model, data[split][0], device)
     z, _ = embed(model, data["unseen"][0], device)
     labels, known = data["unseen"][1], data["known"]  # the gallery comes first
@@ -841,7 +841,7 @@ class Run:
             self.cfg = merge_config(self.ckpt, flags, last, Config.__dataclass_fields__.keys() - MAY_CHANGE)
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
         self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # of earlier processes
-        self.sums, self.stop_requested, self.stop = 0.0, False, False  # by a signal; by all ranks
+        self.sums, self.stop_requested, self.stop = 0.0, False, False  # stop: all ranks agreed
         self.device = pick_device(self.cfg)
         hint = f" (generated; {REAL})" if self.cfg.data == "demo" else ""
         say(f"data: {self.cfg.data}{hint}\nrun: {self.folder}, from step {self.step:,}")
@@ -862,8 +862,8 @@ class Run:
         self.stop_requested = True
 
     def step_done(self, losses, count, lr):
-        """Call after each step; returns (evaluate now, save now), the same on all ranks. `losses` is {name:
-        share of this rank, on the device}, read only for a log line or a save; `count` the batch's items."""
+        """Call after each step; returns (evaluate now, save now), the same on all ranks. `losses`: {name:
+        tensor of this rank}, averaged and read only for a log line or a save; `count`: items of a batch."""
         self.step += 1
         self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
         log, check, save = (self.step == self.total or self.step % every == 0
@@ -941,6 +941,8 @@ def main(argv=None):
         raise UserError(f"--data {cfg.data}: holds other people than {run.folder}/last.pt; start anew")
     images, labels = (part.to(device) for part in data["train"])
     count = min(cfg.batch_size, len(labels))  # of a batch
+    if count < WORLD:
+        raise UserError(f"--batch_size {count}: fewer images a step than the {WORLD} processes")
     per_epoch = len(labels) // count
     schedule = per_epoch * cfg.epochs
     total = min(cfg.max_steps or schedule, schedule)
@@ -954,7 +956,7 @@ def main(argv=None):
     centers = CenterLoss(len(data["classes"]), raw.norm.weight.numel()).to(device)
     average = copy.deepcopy(raw)  # moving average of the weights
     decay = min(cfg.ema, 1 - 4 / max(5, schedule))  # a short schedule needs a shorter memory
-    muon = cfg.size == "micro" and cfg.dtype == "bfloat16"  # it learns faster, but multiplies in bfloat16
+    muon = cfg.size == "micro" and cfg.dtype == "bfloat16"  # learns faster; slow without bfloat16
     names = ("expand.weight", "reduce.weight") if muon else ()
     matrices = [p for name, p in raw.named_parameters() if name.endswith(names)]
     rest = [p for name, p in raw.named_parameters() if not name.endswith(names)]
@@ -1034,7 +1036,7 @@ def main(argv=None):
 
 
 def learning_rate(cfg, step, schedule):
-    """Linear warm-up, in a third of a short schedule at most, then half a cosine down to zero."""
+    """The lower of a linear warm-up (at most a third of the schedule) and half a cosine down to zero."""
     warmup = max(1, min(cfg.warmup, schedule // 3))
     return cfg.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / schedule))
 

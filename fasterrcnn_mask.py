@@ -64,7 +64,7 @@ from torchvision.transforms import v2
 @dataclass
 class Config:
     # the same in all five scripts; a comment is the help of its flag, and may begin with choices: a|b|c
-    data: str = "auto"  # demo, face-mask-detection or a VOC folder; auto: one in data/, or demo
+    data: str = "auto"  # demo, face-mask-detection or a VOC folder; auto: the first in data/, else demo
     out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
     save: str = ""  # folder for predictions (default: the folder of the checkpoint)
     ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)
@@ -115,7 +115,7 @@ class Backbone(BackboneWithFPN):
 
 def scratch_detector(num_classes, backbone, options):
     """A detector for training from scratch: group norm, since a step has too few images for batch norm; small
-    anchors, for small faces; a smaller pyramid and head than torchvision's, and fewer sampled boxes per image."""
+    anchors, for small faces; a smaller pyramid and head than torchvision's, fewer sampled boxes."""
     norm = functools.partial(nn.GroupNorm, 32)
     network = get_model(backbone, norm_layer=norm)
     channels = [network.inplanes // 4, network.inplanes // 2, network.inplanes]  # at strides 8, 16 and 32
@@ -395,8 +395,8 @@ def augmentation(strength):
 
 
 def arrange(ratios, size, seed):
-    """The batches of an epoch: (N // size, size) indices in random order. Images of similar aspect ratio share
-    a batch, since torchvision pads a batch to one shape."""
+    """The batches of an epoch: (N // size, size) indices in random order. Images of similar aspect ratio
+    share a batch, since torchvision pads a batch to one shape."""
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(ratios))[: len(ratios) // size * size]
     alike = chosen[np.argsort(np.array(ratios)[chosen] * rng.uniform(1, 1.1, len(chosen)))]
@@ -769,7 +769,7 @@ class Run:
             self.cfg = merge_config(self.ckpt, flags, last, Config.__dataclass_fields__.keys() - MAY_CHANGE)
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
         self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # of earlier processes
-        self.sums, self.stop_requested, self.stop = 0.0, False, False  # by a signal; by all ranks
+        self.sums, self.stop_requested, self.stop = 0.0, False, False  # stop: all ranks agreed
         self.device = pick_device(self.cfg)
         hint = f" (generated; {REAL})" if self.cfg.data == "demo" else ""
         say(f"data: {self.cfg.data}{hint}\nrun: {self.folder}, from step {self.step:,}")
@@ -790,8 +790,8 @@ class Run:
         self.stop_requested = True
 
     def step_done(self, losses, count, lr):
-        """Call after each step; returns (evaluate now, save now), the same on all ranks. `losses` is {name:
-        share of this rank, on the device}, read only for a log line or a save; `count` the batch's items."""
+        """Call after each step; returns (evaluate now, save now), the same on all ranks. `losses`: {name:
+        tensor of this rank}, averaged and read only for a log line or a save; `count`: items of a batch."""
         self.step += 1
         self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
         log, check, save = (self.step == self.total or self.step % every == 0
@@ -949,7 +949,7 @@ def main(argv=None):
 
 
 def learning_rate(cfg, step, schedule):
-    """Linear warm-up, in a third of a short schedule at most, then half a cosine down to zero."""
+    """The lower of a linear warm-up (at most a third of the schedule) and half a cosine down to zero."""
     warmup = max(1, min(cfg.warmup, schedule // 3))
     return cfg.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / schedule))
 

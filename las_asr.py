@@ -56,7 +56,7 @@ from torchaudio.functional import mask_along_axis_iid, resample
 @dataclass
 class Config:
     # the same in all five scripts; a comment is the help of its flag, and may begin with choices: a|b|c
-    data: str = "auto"  # demo, librispeech, speech, hw4p2, folder or TSV; auto: one in data/, or demo
+    data: str = "auto"  # demo, librispeech, speech, hw4p2, folder or TSV; auto: the first in data/, else demo
     out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
     save: str = ""  # folder for predictions (default: the folder of the checkpoint)
     ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)
@@ -116,7 +116,7 @@ class BLSTM(nn.Module):
         """(B, T, F), (B,) -> (B, T, 2 hidden), zero in the padding."""
         t = torch.arange(x.shape[1], device=x.device)
         mask = t < lengths[:, None]
-        mirror = torch.where(mask, lengths[:, None] - 1 - t, t)[:, :, None]  # the padding stays where it is
+        mirror = torch.where(mask, lengths[:, None] - 1 - t, t)[:, :, None]  # reverses all but the padding
         with torch.autocast("cuda", enabled=False):  # CUDA's LSTM would run in float16: gradients underflow
             x = x.float()
             forth, back = self.forth(x)[0], self.back(x.take_along_dim(mirror, 1))[0]
@@ -191,19 +191,19 @@ class LAS(nn.Module):
         h1, c1 = lstm_cell(self.cells[0](torch.cat([y, h1], -1)), c1)  # s = RNN(s, y, c), equation 7
         h2, c2 = lstm_cell(self.cells[1](torch.cat([h1, h2], -1)), c2)
         energies = (keys @ self.phi(h2)[:, :, None])[:, :, 0] / math.sqrt(h2.shape[1])  # equation 9
-        padded = F.pad(F.pad(coverage, (REACH, 0), value=1.0), (0, REACH))  # before the sound all is covered
+        padded = F.pad(F.pad(coverage, (REACH, 0), value=1.0), (0, REACH))  # all before the sound is covered
         windows = padded.unfold(1, 2 * REACH + 1, 1)  # (N, T', 2 REACH + 1): the coverage around each frame
         energies = energies + (windows @ self.filter(h2)[:, :, None])[:, :, 0]  # (N, T')
         attention = energies.float().masked_fill(~mask, -math.inf).softmax(-1)  # equation 10
         context = (attention[:, None].to(values.dtype) @ values)[:, 0]  # equation 11
-        coverage = (coverage + attention.detach()).clamp(max=1)  # its gradient would explode at times
+        coverage = (coverage + attention.detach()).clamp(max=1)  # gradients through it may explode
         logits = self.character(torch.cat([h2, context], -1))  # equation 8
         return logits, attention, [h1, c1, h2, c2, context, coverage]
 
     def forward(self, features, lengths, targets, teacher=1.0):
         """(B, T, F), (B,), (B, U) -> logits (B, U, V), attention (B, U, T'), CTC logits (B, T', V). A step is
         fed the true character before its own (teacher forcing) or, in training, with probability 1 - teacher
-        the one that the model finds likeliest (scheduled sampling; the paper draws it, section 3.3)."""
+        the one that the model finds likeliest (scheduled sampling; the paper draws one, section 3.3)."""
         memory, ctc_logits = self.listen(features, lengths)
         state, token, outputs = self.start(memory), targets.new_full((len(targets),), BOS), []
         for target in targets.unbind(1):
@@ -359,7 +359,7 @@ def log_mel(waveform, sample_rate):
 
 def read_features(item):
     """(T, F) float32 of a sound file, of a .npy file of features (T, F), or of demo_voice's arguments, each
-    column with mean 0 and variance 1. ValueError if there is nothing to hear."""
+    column with mean 0 and variance 1. ValueError if it is silent or too short."""
     if isinstance(item, tuple):
         x = log_mel(demo_voice(*item), 16000)
     elif not item.is_file():
@@ -555,10 +555,12 @@ def load_data(cfg, n_features=0):
     tested = "test" if "test" in found else "val"
     needed = [tested] if n_features else ["train", "val", tested]
     for split in needed:
-        if split not in found:
+        if not found.get(split):
             raise UserError(f"{folder}: no utterances for {split}; data/README.md says what goes where")
     data = {split: prepare(cfg, split, items, folder) for split, items in found.items() if split in needed}
-    widths = {x.shape[1] for part in data.values() for x in part.features} | {n_features} - {0}
+    widths = {x.shape[1] for part in data.values() for x in part.features}
+    if n_features:
+        widths.add(n_features)
     if len(widths) > 1:
         raise UserError(f"{folder}: {sorted(widths)} features per frame; all files and the model must agree")
     return data
@@ -678,7 +680,7 @@ def predict(mode, inputs, flags):
     if cfg.save and RANK == 0:
         (folder / "transcripts.tsv").write_text("".join(lines), encoding="utf-8")
     if bad:
-        raise UserError(f"{', '.join(bad[:5])}: cannot be heard; give sound files, or features as .npy")
+        raise UserError(f"{', '.join(bad[:5])}: cannot be read; give sound files, or features as .npy")
 
 
 # ---- runtime: identical in all five scripts ----
@@ -832,7 +834,7 @@ class Run:
             self.cfg = merge_config(self.ckpt, flags, last, Config.__dataclass_fields__.keys() - MAY_CHANGE)
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
         self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # of earlier processes
-        self.sums, self.stop_requested, self.stop = 0.0, False, False  # by a signal; by all ranks
+        self.sums, self.stop_requested, self.stop = 0.0, False, False  # stop: all ranks agreed
         self.device = pick_device(self.cfg)
         hint = f" (generated; {REAL})" if self.cfg.data == "demo" else ""
         say(f"data: {self.cfg.data}{hint}\nrun: {self.folder}, from step {self.step:,}")
@@ -853,8 +855,8 @@ class Run:
         self.stop_requested = True
 
     def step_done(self, losses, count, lr):
-        """Call after each step; returns (evaluate now, save now), the same on all ranks. `losses` is {name:
-        share of this rank, on the device}, read only for a log line or a save; `count` the batch's items."""
+        """Call after each step; returns (evaluate now, save now), the same on all ranks. `losses`: {name:
+        tensor of this rank}, averaged and read only for a log line or a save; `count`: items of a batch."""
         self.step += 1
         self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
         log, check, save = (self.step == self.total or self.step % every == 0
@@ -930,7 +932,7 @@ def main(argv=None):
     data = load_data(cfg)
     train, n_features = data["train"], data["train"].features[0].shape[1]
     cuts = train.cuts(cfg.batch_size)
-    if train.lengths.sum() * n_features < 4e9:  # 8 GB
+    if train.lengths.sum() * n_features < 4e9:  # up to 8 GB fit on a GPU
         train.features = [x.to(device) for x in train.features]
     schedule, count = len(cuts) * cfg.epochs, round(train.lengths.sum() / len(cuts))
     total = min(cfg.max_steps or schedule, schedule)
@@ -959,8 +961,8 @@ def main(argv=None):
 
     def fetch(step):
         """This rank's share of the batch of a step, which counts from 1: features (B, T, F), lengths (B,),
-        targets (B, U), numbers of characters (B,), and the weight of their losses, whose mean over the ranks
-        (as DDP takes it) is then the mean over all characters."""
+        targets (B, U), numbers of characters (B,), and WORLD / characters of the whole batch: as DDP takes
+        the mean over ranks, summed losses times this weight are the mean over all characters."""
         epoch, place = divmod(step - 1, len(cuts))
         utterances, batches = order(epoch)
         group = utterances[cuts[batches[place]]]
@@ -986,7 +988,7 @@ def main(argv=None):
         log_p = ctc_logits.float().log_softmax(-1).transpose(0, 1)  # (T', B, V)
         frames = lengths // raw.listener.reduction
         ctc = weight * F.ctc_loss(log_p, targets, frames, sizes, PAD, "sum", zero_infinity=True)
-        loss = (1 - cfg.ctc_weight) * spelling + cfg.ctc_weight * ctc
+        loss = (1 - cfg.ctc_weight) * spelling + cfg.ctc_weight * ctc  # spelling: equation 12, smoothed
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
@@ -1017,7 +1019,7 @@ def main(argv=None):
 
 
 def learning_rate(cfg, step, schedule):
-    """Linear warm-up, in a third of a short schedule at most, then half a cosine down to zero."""
+    """The lower of a linear warm-up (at most a third of the schedule) and half a cosine down to zero."""
     warmup = max(1, min(cfg.warmup, schedule // 3))
     return cfg.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / schedule))
 

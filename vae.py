@@ -51,12 +51,13 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 
 
 @dataclass
 class Config:
     # the same in all five scripts; a comment is the help of its flag, and may begin with choices: a|b|c
-    data: str = "auto"  # demo, fashionmnist, mnist or a folder of images; auto: one in data/, or demo
+    data: str = "auto"  # demo, fashionmnist, mnist or a folder of images; auto: the first in data/, else demo
     out: str = ""  # folder of the run (default: out/SCRIPT-DATA)
     save: str = ""  # folder for predictions (default: the folder of the checkpoint)
     ckpt: str = ""  # checkpoint to test or predict with (default: the newest best.pt in out/SCRIPT-*)
@@ -210,7 +211,6 @@ def torchvision_set(name):
 def read_images(folder, size):
     """All images under a folder as (N, size, size) uint8, and their paths. Each is turned upright by its EXIF
     tag, put on white if it is transparent, made grey, and resized into a square with black margins."""
-    from PIL import Image, ImageOps
     images, bad, endings = {}, [], "jpg jpeg png gif bmp pgm ppm tif tiff webp".split()
     for path in find_files(Path(folder)):
         if path.suffix.lower()[1:] not in endings:
@@ -612,7 +612,7 @@ class Run:
             self.cfg = merge_config(self.ckpt, flags, last, Config.__dataclass_fields__.keys() - MAY_CHANGE)
         self.step, self.best = self.ckpt.get("step", 0), self.ckpt.get("best")
         self.began = time.perf_counter() - self.ckpt.get("seconds", 0.0)  # of earlier processes
-        self.sums, self.stop_requested, self.stop = 0.0, False, False  # by a signal; by all ranks
+        self.sums, self.stop_requested, self.stop = 0.0, False, False  # stop: all ranks agreed
         self.device = pick_device(self.cfg)
         hint = f" (generated; {REAL})" if self.cfg.data == "demo" else ""
         say(f"data: {self.cfg.data}{hint}\nrun: {self.folder}, from step {self.step:,}")
@@ -633,8 +633,8 @@ class Run:
         self.stop_requested = True
 
     def step_done(self, losses, count, lr):
-        """Call after each step; returns (evaluate now, save now), the same on all ranks. `losses` is {name:
-        share of this rank, on the device}, read only for a log line or a save; `count` the batch's items."""
+        """Call after each step; returns (evaluate now, save now), the same on all ranks. `losses`: {name:
+        tensor of this rank}, averaged and read only for a log line or a save; `count`: items of a batch."""
         self.step += 1
         self.sums = self.sums + torch.stack([value.detach().float() for value in losses.values()])
         log, check, save = (self.step == self.total or self.step % every == 0
@@ -780,7 +780,7 @@ def main(argv=None):
 
 
 def learning_rate(cfg, step, schedule):
-    """Linear warm-up, in a third of a short schedule at most, then half a cosine down to zero."""
+    """The lower of a linear warm-up (at most a third of the schedule) and half a cosine down to zero."""
     warmup = max(1, min(cfg.warmup, schedule // 3))
     return cfg.lr * min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / schedule))
 
