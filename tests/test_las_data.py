@@ -79,6 +79,13 @@ def test_eight_utterances_are_memorised(eight):
     assert (eight / "run" / "attention.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("rate", [0, 3999, 16001, 2**31 - 1])
+def test_rates_that_no_microphone_has_are_refused(rate):
+    """A resampling filter for 16,001 Hz would take gigabytes."""
+    with pytest.raises(ValueError, match=f"rate of {rate} Hz"):
+        las.log_mel(np.zeros(16000), rate)
+
+
 def test_a_transcript_survives_formats_rates_and_channels(eight, call, tmp_path):
     import torchaudio
     for i, text in enumerate(SENTENCES[:4]):
