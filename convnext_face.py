@@ -992,7 +992,6 @@ def main(argv=None):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step, schedule)
-            optimizer.zero_grad()
         raw.train()
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             logits, features = model(x, True)  # float32 (B / WORLD, classes), (B / WORLD, D)
@@ -1004,6 +1003,7 @@ def main(argv=None):
         if cfg.loss == "center":  # equation 5
             center = centers(features, y) * share
             losses = {"loss": loss + cfg.center_weight * center, "cross_entropy": loss, "center": center}
+        raw.zero_grad()
         losses["loss"].backward()
         for optimizer in optimizers:
             optimizer.step()
