@@ -7,7 +7,7 @@
     python las_asr.py --data librispeech --resume            # continue a run that was stopped
 
     python las_asr.py eval                                   # test the newest out/las_asr-*/best.pt
-    python las_asr.py transcribe a.wav b.flac c.mp3          # any length, sample rate and number of channels
+    python las_asr.py transcribe a.wav b.flac c.mp3          # any length, usual sample rates, any channels
 
 Measured on one thread of a CPU with bfloat16 (AMD EPYC), other work beside it; one run each, seed 0:
 
