@@ -349,8 +349,8 @@ def demo_set(count, seed):
 
 
 def log_mel(waveform, sample_rate):
-    """80 log-mel energies, of 25 ms windows every 10 ms: (n,) or (channels, n) -> (T, 80). ValueError unless the
-    rate is a multiple of 25 from 4,000 to 200,000 Hz: resampling others could take gigabytes."""
+    """80 log-mel energies, of 25 ms windows every 10 ms: (n,) or (channels, n) -> (T, 80). ValueError if the
+    rate is no multiple of 25 from 4,000 to 200,000 Hz: resampling it could take gigabytes."""
     if sample_rate % 25 or not 4000 <= sample_rate <= 200_000:
         raise ValueError(f"a sample rate of {sample_rate} Hz")
     wave = torch.as_tensor(waveform, dtype=torch.float32)
