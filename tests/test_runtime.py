@@ -140,10 +140,10 @@ def test_bad_input_is_one_line(name, tmp_path, refuses, call):
     refuses(name, f"{small} --out run --resume --lr 0.5", "--lr", "start a new run")
     with (tmp_path / "run" / "log.jsonl").open("a") as f:
         f.write('{"step": 1, "spl')  # cut short by a full disk
-    assert call(name, f"{small} --out run --resume")[0] == 0
+    assert call(name, f"{small} --out run --resume --data auto --dtype auto")[0] == 0
     assert "spl" not in (tmp_path / "run" / "log.jsonl").read_text().replace("split", "")
     refuses(name, "eval --ckpt run/last.pt --device cpu", "last.pt", "best.pt")
-    assert call(name, "eval --ckpt run/best.pt --device cpu")[0] == 0
+    assert call(name, "eval --ckpt run/best.pt --device cpu --data auto")[0] == 0
     refuses(name, f"eval --ckpt run/best.pt {TABLE[name]['shape_flag']}", TABLE[name]["shape_flag"].split()[0])
     data = (tmp_path / "run" / "last.pt").read_bytes()
     (tmp_path / "run" / "last.pt").write_bytes(data[: len(data) // 2])
