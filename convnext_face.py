@@ -91,7 +91,7 @@ class Config:
 
 
 PRESETS = {"demo": {"size": "mini", "image_size": 32, "lr": 4e-3, "epochs": 20, "ema": 0.99, "drop_path": 0.1,
-                    "augment": 0.5},
+                    "augment": 0.5, "compile": "off"},
            "hw2p2-full": {"size": "tiny", "image_size": 224, "stem_stride": 4, "batch_size": 512,
                           "lr": 1e-3, "epochs": 60, "warmup": 2000, "ema": 0.9999, "augment": 0.6,
                           "eval_every": 2000}}
@@ -765,11 +765,11 @@ def parse_args(argv):
 def pick_device(cfg):
     """The device of this process. Replaces cfg.dtype "auto", too, and starts the group of a torchrun."""
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= count:
-            raise UserError(f"--device cuda: process {local + 1} on this machine, which has {count} GPUs")
-        torch.cuda.set_device(local)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: this machine has no GPU for process {device.index + 1}")
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
         chip, fast = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
     else:
@@ -777,10 +777,10 @@ def pick_device(cfg):
         fast = info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if fast else "float32"
-    say(f"device: {'cuda' if cuda else 'cpu'}; {chip}; processes: {WORLD}; dtype: {cfg.dtype}")
+    say(f"device: {device.type}; {chip}; processes: {WORLD}; dtype: {cfg.dtype}")
     if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return torch.device("cuda" if cuda else "cpu")
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
 
 
 def load_checkpoint(path):
@@ -971,6 +971,7 @@ def main(argv=None):
         for name, part in state.items():
             part.load_state_dict(ckpt[name])
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux"):
+        say("compiling in the first step, which takes a minute or two")
         raw.compile()  # in place, so that its weights keep their names
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
 

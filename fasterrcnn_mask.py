@@ -472,6 +472,7 @@ COLOURS = ["#d98200", "#00964a", "#e8272c", "#3f7cff", "#c04ce0", "#00b8c4", "#f
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # the compiled form is for training
 def detections(model, items, device):
     """[{"boxes" (n, 4) in pixels of the item's image, "scores" (n,), "labels" (n,)}] on the CPU. Each process
     runs its share of the images, and gets all; one by one, since padding would change what is found."""
@@ -693,11 +694,11 @@ def parse_args(argv):
 def pick_device(cfg):
     """The device of this process. Replaces cfg.dtype "auto", too, and starts the group of a torchrun."""
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= count:
-            raise UserError(f"--device cuda: process {local + 1} on this machine, which has {count} GPUs")
-        torch.cuda.set_device(local)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: this machine has no GPU for process {device.index + 1}")
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
         chip, fast = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
     else:
@@ -705,10 +706,10 @@ def pick_device(cfg):
         fast = info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if fast else "float32"
-    say(f"device: {'cuda' if cuda else 'cpu'}; {chip}; processes: {WORLD}; dtype: {cfg.dtype}")
+    say(f"device: {device.type}; {chip}; processes: {WORLD}; dtype: {cfg.dtype}")
     if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return torch.device("cuda" if cuda else "cpu")
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
 
 
 def load_checkpoint(path):
@@ -890,6 +891,7 @@ def main(argv=None):
         raw.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux"):
+        say("compiling in the first step, which takes a minute or two")
         raw.backbone.compile()  # in place; the rest of a detector breaks the graph at every image
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
     norms = [module for module in raw.modules() if isinstance(module, nn.BatchNorm2d)]  # of COCO weights

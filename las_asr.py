@@ -89,7 +89,7 @@ class Config:
 
 PRESETS = {
     "demo": {"epochs": 8, "hidden": 128, "speller": 128, "speed": 0.0, "dropout": 0.1, "batch_size": 4000,
-             "warmup": 100, "lr": 3e-3, "eval_every": 100, "log_every": 20},
+             "warmup": 100, "lr": 3e-3, "eval_every": 100, "log_every": 20, "compile": "off"},
     "speech": {"dropout": 0.2, "ctc_weight": 0.5, "eval_every": 1000},  # 6 hours
     "librispeech": {"epochs": 60, "lr": 1e-3, "hidden": 512, "stack": 1, "layers": 2, "speller": 512,
                     "batch_size": 96000, "warmup": 2000},
@@ -179,7 +179,8 @@ class LAS(nn.Module):
     def start(self, memory):
         """The state before the first character, zeros: h1, c1, h2, c2, context (N, D), coverage (N, T')."""
         _, values, mask = memory
-        h1, c1, h2, c2, context = (values.new_zeros(len(values), values.shape[2]) for _ in range(5))
+        zeros = functools.partial(torch.zeros_like, values[:, 0], requires_grad=values.requires_grad)
+        h1, c1, h2, c2, context = (zeros() for _ in range(5))  # one graph serves them and later states
         return [h1, c1.float(), h2, c2.float(), context, torch.zeros_like(mask, dtype=torch.float32)]
 
     def step(self, tokens, state, memory):
@@ -290,10 +291,10 @@ def beam_search(model, features, lengths, beam_size=4, ctc_weight=CTC_IN_SEARCH)
         scores = scores.masked_fill(spelled == -math.inf, -math.inf)  # nan if ctc_weight is 1
         best, index = scores.flatten(1).topk(2 * k)  # (B, 2 K), of which at most K end
         token, parent = index % scores.shape[2], index // scores.shape[2]
-        candidates = (best / length).tolist()
+        candidates, parents = (best / length).tolist(), parent.tolist()
         for i, j in (token[:, :k] == EOS).nonzero().tolist():  # only an end among the best K counts
             if i in searching and candidates[i][j] > finished[i][0]:
-                finished[i] = candidates[i][j], ids[i * k + parent[i, j], 1:].tolist()
+                finished[i] = candidates[i][j], ids[i * k + parents[i][j], 1:].tolist()
         best, chosen = best.masked_fill(token == EOS, -math.inf).topk(k)
         unfinished = (best[:, 0] / length).tolist()
         searching = {i for i in searching if finished[i][0] < unfinished[i]}
@@ -606,6 +607,7 @@ def error_rate(references, hypotheses):
 
 
 # EVALUATE, PREDICT ------------------------------------------------------------------------------------------
+@torch.compiler.set_stance("force_eager")  # the compiled form is for training
 def decode(model, cfg, data, device, beam_size):
     """The texts of all utterances; each process does its share, and all get the result."""
     model.eval()
@@ -637,6 +639,7 @@ def score(model, cfg, data, folder, device):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def draw(model, data, path, device):
     """A picture of the attention to one utterance: time against characters."""
     median = np.argsort(data.lengths)[len(data.lengths) // 2]
@@ -761,11 +764,11 @@ def parse_args(argv):
 def pick_device(cfg):
     """The device of this process. Replaces cfg.dtype "auto", too, and starts the group of a torchrun."""
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= count:
-            raise UserError(f"--device cuda: process {local + 1} on this machine, which has {count} GPUs")
-        torch.cuda.set_device(local)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: this machine has no GPU for process {device.index + 1}")
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
         chip, fast = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
     else:
@@ -773,10 +776,10 @@ def pick_device(cfg):
         fast = info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if fast else "float32"
-    say(f"device: {'cuda' if cuda else 'cpu'}; {chip}; processes: {WORLD}; dtype: {cfg.dtype}")
+    say(f"device: {device.type}; {chip}; processes: {WORLD}; dtype: {cfg.dtype}")
     if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return torch.device("cuda" if cuda else "cpu")
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
 
 
 def load_checkpoint(path):
@@ -951,6 +954,8 @@ def main(argv=None):
         raw.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux"):
+        say("compiling in the first step, which takes a minute or two")
+        torch._dynamo.config.optimize_ddp = False  # it would split the graph into parts of fixed sizes
         raw.step = torch.compile(raw.step, dynamic=True)  # the loop over it has another length in each batch
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
 

@@ -95,7 +95,7 @@ class Config:
 # d_model, heads, layers, d_ff
 SIZES = {"tiny": (128, 4, 4, 256), "small": (256, 4, 3, 512), "base": (512, 8, 6, 2048)}
 PRESETS = {"demo": {"size": "tiny", "vocab_size": 300, "epochs": 4, "batch_size": 1400,
-                    "warmup": 100, "dropout": 0.1, "eval_every": 100, "ema": 0.99},
+                    "warmup": 100, "dropout": 0.1, "eval_every": 100, "ema": 0.99, "compile": "off"},
            "multi30k-tok": {"epochs": 24, "dropout": 0.3}}
 MODES = {"train": "", "eval": "", "translate": "[TEXT...]"}  # mode: its inputs
 UNIT = "tokens"  # what a batch is counted in
@@ -449,8 +449,8 @@ def make_batches(src, tgt, budget, device):
             groups.append([])
             width = size
         groups[-1].append(i)
-    pairs = ([padded([side[i] for i in group], device) for side in (src, tgt)] for group in groups)
-    return [(x, y, int((y != PAD).sum())) for x, y in pairs]
+    return [(*(padded([side[i] for i in group], device) for side in (src, tgt)),
+             sum(len(tgt[i]) for i in group)) for group in groups]
 
 
 # METRICS ----------------------------------------------------------------------------------------------------
@@ -671,11 +671,11 @@ def parse_args(argv):
 def pick_device(cfg):
     """The device of this process. Replaces cfg.dtype "auto", too, and starts the group of a torchrun."""
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= count:
-            raise UserError(f"--device cuda: process {local + 1} on this machine, which has {count} GPUs")
-        torch.cuda.set_device(local)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: this machine has no GPU for process {device.index + 1}")
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
         chip, fast = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
     else:
@@ -683,10 +683,10 @@ def pick_device(cfg):
         fast = info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if fast else "float32"
-    say(f"device: {'cuda' if cuda else 'cpu'}; {chip}; processes: {WORLD}; dtype: {cfg.dtype}")
+    say(f"device: {device.type}; {chip}; processes: {WORLD}; dtype: {cfg.dtype}")
     if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return torch.device("cuda" if cuda else "cpu")
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
 
 
 def load_checkpoint(path):
@@ -870,6 +870,8 @@ def main(argv=None):
     elif cfg.init:
         load_weights(raw, old["model"])
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux"):
+        say("compiling in the first step, which takes a minute or two")
+        torch._dynamo.config.optimize_ddp = False  # it would split the graph into parts of fixed sizes
         raw.compile(dynamic=True)  # one graph for all lengths; in place, so that its weights keep their names
     model = nn.parallel.DistributedDataParallel(raw, broadcast_buffers=False) if WORLD > 1 else raw
 

@@ -90,7 +90,7 @@ class Config:
     to_class: str = ""  # interpolate: the class to end at (default: the last by name)
 
 
-PRESETS = {"demo": {"epochs": 8, "iwae_k": 500}}
+PRESETS = {"demo": {"epochs": 8, "iwae_k": 500, "compile": "off"}}
 MODES = {"train": "", "eval": "", "sample": "", "interpolate": "", "encode": "FOLDER"}  # mode: its inputs
 UNIT = "images"  # what a batch is counted in
 SHAPE = {"likelihood", "latent_dim", "width", "hidden", "image_size"}  # fields that a checkpoint fixes
@@ -336,6 +336,7 @@ def build(cfg, device):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # the compiled form is for training
 def evaluate(model, cfg, x, device):
     """Mean figures of x (N, 1, S, S), and -log p(x|z) and KL of each image (N, 2). Processes share the
     batches; each batch has its own seed, so that the number of processes does not change the figures."""
@@ -536,11 +537,11 @@ def parse_args(argv):
 def pick_device(cfg):
     """The device of this process. Replaces cfg.dtype "auto", too, and starts the group of a torchrun."""
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= count:
-            raise UserError(f"--device cuda: process {local + 1} on this machine, which has {count} GPUs")
-        torch.cuda.set_device(local)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device cuda: this machine has no GPU for process {device.index + 1}")
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
         chip, fast = torch.cuda.get_device_name(), torch.cuda.get_device_capability() >= (8, 0)
     else:
@@ -548,10 +549,10 @@ def pick_device(cfg):
         fast = info.exists() and re.search("amx_bf16|avx512_bf16", info.read_text("utf-8"))
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if fast else "float32"
-    say(f"device: {'cuda' if cuda else 'cpu'}; {chip}; processes: {WORLD}; dtype: {cfg.dtype}")
+    say(f"device: {device.type}; {chip}; processes: {WORLD}; dtype: {cfg.dtype}")
     if WORLD > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return torch.device("cuda" if cuda else "cpu")
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
 
 
 def load_checkpoint(path):
@@ -724,6 +725,7 @@ def main(argv=None):
         raw.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux"):
+        say("compiling in the first step, which takes a minute or two")
         raw.compile()  # in place, so that its weights keep their names
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
 

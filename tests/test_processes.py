@@ -48,6 +48,24 @@ def test_two_processes_equal_one(name, tmp_path):
     assert all(torch.equal(two[k], three[k]) for k in two)
 
 
+@pytest.mark.parametrize("name, sizes", [("transformer_mt", "--max_len 100 --batch_size 1400"),
+                                         ("las_asr", "--speller 256 --batch_size 6000")])
+def test_two_processes_compile_one_graph(name, sizes, tmp_path):
+    """For batches of all lengths: DDP's own parts of the graph would be compiled for each length, up to a limit."""
+    patch = """
+import torch
+def backend(graph, inputs):
+    print("one graph")
+    return graph.forward
+plain = torch.compile
+torch.compile = lambda part, **how: plain(part, **how | {"backend": backend})
+"""
+    small = flags(name, f"--max_steps 5 {sizes} --out run")
+    small[small.index("off")] = "on"
+    for done in fork_two(name, small, tmp_path, patch):
+        assert done.returncode == 0 and done.stdout.count("one graph") == 1, done.stdout + done.stderr
+
+
 def test_torchrun_restarts_workers(tmp_path):
     """With the README's command: without that variable the workers would find the addresses of those before."""
     name = SCRIPTS[0]
