@@ -705,6 +705,8 @@ def one_line_errors():
     """Decorates main: an error that the user can fix ends the program with one line."""
     try:
         yield
+        if dist.is_initialized():
+            dist.destroy_process_group()  # after an error it would wait for the other processes
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
@@ -712,8 +714,6 @@ def one_line_errors():
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Run.start replaces it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def say(text):
@@ -939,7 +939,7 @@ def main(argv=None):
     data = load_data(cfg)
     if ckpt and ckpt["classes"] != data["classes"]:
         raise UserError(f"--data {cfg.data}: holds other people than {run.folder}/last.pt; start anew")
-    images, labels = (part.to(device) for part in data["train"])
+    images, labels = (part.to(device) for part in data.pop("train"))
     count = min(cfg.batch_size, len(labels))  # of a batch
     if count < WORLD:
         raise UserError(f"--batch_size {count}: fewer images a step than the {WORLD} processes")

@@ -4,7 +4,7 @@
     python fasterrcnn_mask.py --data face-mask-detection  # fine-tune COCO weights (167 MB on first use)
     python fasterrcnn_mask.py --data face-mask-detection --weights none    # train a ResNet-18 from scratch
     python fasterrcnn_mask.py --data path/to/voc          # your own: images and their VOC annotations
-    torchrun --nproc_per_node=8 fasterrcnn_mask.py --data face-mask-detection --batch_size 64 --lr 3e-4
+    torchrun --nproc_per_node=8 fasterrcnn_mask.py --data face-mask-detection --batch_size 64 --eval_every 40
     python fasterrcnn_mask.py --data face-mask-detection --resume    # continue a run that was stopped
 
     python fasterrcnn_mask.py eval                        # test the newest out/fasterrcnn_mask-*/best.pt
@@ -634,6 +634,8 @@ def one_line_errors():
     """Decorates main: an error that the user can fix ends the program with one line."""
     try:
         yield
+        if dist.is_initialized():
+            dist.destroy_process_group()  # after an error it would wait for the other processes
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
@@ -641,8 +643,6 @@ def one_line_errors():
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Run.start replaces it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def say(text):
@@ -893,7 +893,7 @@ def main(argv=None):
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux"):
         say("compiling in the first step, which takes a minute or two")
         raw.backbone.compile()  # in place; the rest of a detector breaks the graph at every image
-    model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
+    model = nn.parallel.DistributedDataParallel(raw, broadcast_buffers=False) if WORLD > 1 else raw
     norms = [module for module in raw.modules() if isinstance(module, nn.BatchNorm2d)]  # of COCO weights
     change = augmentation(cfg.augment)
     ratios = [item["size"][0] / item["size"][1] for item in items]

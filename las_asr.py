@@ -704,6 +704,8 @@ def one_line_errors():
     """Decorates main: an error that the user can fix ends the program with one line."""
     try:
         yield
+        if dist.is_initialized():
+            dist.destroy_process_group()  # after an error it would wait for the other processes
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
@@ -711,8 +713,6 @@ def one_line_errors():
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Run.start replaces it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def say(text):

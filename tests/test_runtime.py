@@ -151,6 +151,19 @@ def test_bad_input_is_one_line(name, tmp_path, refuses, call):
     refuses(name, f"{small} --out run --resume", "last.pt", f"no checkpoint of {name}.py")
 
 
+def test_an_error_does_not_wait_for_the_other_processes(monkeypatch):
+    """NCCL's end is a collective: a process that fails alone would wait ten minutes for the others, and they for it."""
+    module, ended = importlib.import_module(SCRIPTS[0]), []
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.dist, "destroy_process_group", lambda: ended.append(True))
+    with module.one_line_errors():
+        pass
+    for error in (module.UserError, RuntimeError, KeyboardInterrupt):
+        with pytest.raises((SystemExit, RuntimeError, KeyboardInterrupt)), module.one_line_errors():
+            raise error
+    assert ended == [True]
+
+
 def test_cuda_out_of_memory_is_one_line(refuses, monkeypatch):
     def load_data(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 TiB")
