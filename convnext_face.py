@@ -706,11 +706,11 @@ def one_line_errors():
     try:
         yield
         if dist.is_initialized():
-            dist.destroy_process_group()  # after an error it would wait for the other processes
+            dist.destroy_process_group()
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        sys.exit(2) if WORLD == 1 else os._exit(2)  # NCCL's own end would wait for the other processes
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Run.start replaces it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -179,7 +179,7 @@ class LAS(nn.Module):
     def start(self, memory):
         """The state before the first character, zeros: h1, c1, h2, c2, context (N, D), coverage (N, T')."""
         _, values, mask = memory
-        zeros = functools.partial(torch.zeros_like, values[:, 0], requires_grad=values.requires_grad)
+        zeros = functools.partial(values.new_zeros, values[:, 0].shape, requires_grad=values.requires_grad)
         h1, c1, h2, c2, context = (zeros() for _ in range(5))  # one graph serves them and later states
         return [h1, c1.float(), h2, c2.float(), context, torch.zeros_like(mask, dtype=torch.float32)]
 
@@ -705,11 +705,11 @@ def one_line_errors():
     try:
         yield
         if dist.is_initialized():
-            dist.destroy_process_group()  # after an error it would wait for the other processes
+            dist.destroy_process_group()
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        sys.exit(2) if WORLD == 1 else os._exit(2)  # NCCL's own end would wait for the other processes
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Run.start replaces it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
