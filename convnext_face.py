@@ -710,7 +710,7 @@ def one_line_errors():
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
-        sys.exit(2) if WORLD == 1 else os._exit(2)  # NCCL's own end would wait for the other processes
+        sys.exit(2) if WORLD == 1 else os._exit(2)  # at once: closing NCCL would wait for the others
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Run.start replaces it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -939,7 +939,7 @@ def main(argv=None):
     data = load_data(cfg)
     if ckpt and ckpt["classes"] != data["classes"]:
         raise UserError(f"--data {cfg.data}: holds other people than {run.folder}/last.pt; start anew")
-    images, labels = (part.to(device) for part in data.pop("train"))
+    images, labels = (part.to(device) for part in data.pop("train"))  # pop: frees main memory
     count = min(cfg.batch_size, len(labels))  # of a batch
     if count < WORLD:
         raise UserError(f"--batch_size {count}: fewer images a step than the {WORLD} processes")

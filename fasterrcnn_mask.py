@@ -4,7 +4,7 @@
     python fasterrcnn_mask.py --data face-mask-detection  # fine-tune COCO weights (167 MB on first use)
     python fasterrcnn_mask.py --data face-mask-detection --weights none    # train a ResNet-18 from scratch
     python fasterrcnn_mask.py --data path/to/voc          # your own: images and their VOC annotations
-    torchrun --nproc_per_node=8 fasterrcnn_mask.py --data face-mask-detection --batch_size 64 --eval_every 40
+    torchrun --nproc_per_node=8 fasterrcnn_mask.py --data face-mask-detection --batch_size 64 --lr 3e-4
     python fasterrcnn_mask.py --data face-mask-detection --resume    # continue a run that was stopped
 
     python fasterrcnn_mask.py eval                        # test the newest out/fasterrcnn_mask-*/best.pt
@@ -472,7 +472,7 @@ COLOURS = ["#d98200", "#00964a", "#e8272c", "#3f7cff", "#c04ce0", "#00b8c4", "#f
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # the compiled form is for training
+@torch.compiler.set_stance("force_eager")  # other sizes than in training would be compiled anew
 def detections(model, items, device):
     """[{"boxes" (n, 4) in pixels of the item's image, "scores" (n,), "labels" (n,)}] on the CPU. Each process
     runs its share of the images, and gets all; one by one, since padding would change what is found."""
@@ -639,7 +639,7 @@ def one_line_errors():
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
-        sys.exit(2) if WORLD == 1 else os._exit(2)  # NCCL's own end would wait for the other processes
+        sys.exit(2) if WORLD == 1 else os._exit(2)  # at once: closing NCCL would wait for the others
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Run.start replaces it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -180,7 +180,7 @@ class LAS(nn.Module):
         """The state before the first character, zeros: h1, c1, h2, c2, context (N, D), coverage (N, T')."""
         _, values, mask = memory
         zeros = functools.partial(values.new_zeros, values[:, 0].shape, requires_grad=values.requires_grad)
-        h1, c1, h2, c2, context = (zeros() for _ in range(5))  # one graph serves them and later states
+        h1, c1, h2, c2, context = (zeros() for _ in range(5))  # with gradients, as later ones: compiled once
         return [h1, c1.float(), h2, c2.float(), context, torch.zeros_like(mask, dtype=torch.float32)]
 
     def step(self, tokens, state, memory):
@@ -607,7 +607,7 @@ def error_rate(references, hypotheses):
 
 
 # EVALUATE, PREDICT ------------------------------------------------------------------------------------------
-@torch.compiler.set_stance("force_eager")  # the compiled form is for training
+@torch.compiler.set_stance("force_eager")  # other sizes than in training would be compiled anew
 def decode(model, cfg, data, device, beam_size):
     """The texts of all utterances; each process does its share, and all get the result."""
     model.eval()
@@ -709,7 +709,7 @@ def one_line_errors():
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
-        sys.exit(2) if WORLD == 1 else os._exit(2)  # NCCL's own end would wait for the other processes
+        sys.exit(2) if WORLD == 1 else os._exit(2)  # at once: closing NCCL would wait for the others
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Run.start replaces it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -955,7 +955,7 @@ def main(argv=None):
         optimizer.load_state_dict(ckpt["optimizer"])
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux"):
         say("compiling in the first step, which takes a minute or two")
-        torch._dynamo.config.optimize_ddp = False  # it would split the graph into parts of fixed sizes
+        torch._dynamo.config.optimize_ddp = False  # DDP would split the graph, compiled anew for each length
         raw.step = torch.compile(raw.step, dynamic=True)  # the loop over it has another length in each batch
     model = nn.parallel.DistributedDataParallel(raw) if WORLD > 1 else raw
 

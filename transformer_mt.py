@@ -449,8 +449,8 @@ def make_batches(src, tgt, budget, device):
             groups.append([])
             width = size
         groups[-1].append(i)
-    return [(*(padded([side[i] for i in group], device) for side in (src, tgt)),
-             sum(len(tgt[i]) for i in group)) for group in groups]
+    pairs = ([padded([side[i] for i in group], device) for side in (src, tgt)] for group in groups)
+    return [(x, y, sum(len(tgt[i]) for i in group)) for (x, y), group in zip(pairs, groups)]
 
 
 # METRICS ----------------------------------------------------------------------------------------------------
@@ -616,7 +616,7 @@ def one_line_errors():
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
-        sys.exit(2) if WORLD == 1 else os._exit(2)  # NCCL's own end would wait for the other processes
+        sys.exit(2) if WORLD == 1 else os._exit(2)  # at once: closing NCCL would wait for the others
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Run.start replaces it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -871,7 +871,7 @@ def main(argv=None):
         load_weights(raw, old["model"])
     if cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda" and sys.platform == "linux"):
         say("compiling in the first step, which takes a minute or two")
-        torch._dynamo.config.optimize_ddp = False  # it would split the graph into parts of fixed sizes
+        torch._dynamo.config.optimize_ddp = False  # DDP would split the graph, compiled anew for each length
         raw.compile(dynamic=True)  # one graph for all lengths; in place, so that its weights keep their names
     model = nn.parallel.DistributedDataParallel(raw, broadcast_buffers=False) if WORLD > 1 else raw
 

@@ -336,7 +336,6 @@ def build(cfg, device):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # the compiled form is for training
 def evaluate(model, cfg, x, device):
     """Mean figures of x (N, 1, S, S), and -log p(x|z) and KL of each image (N, 2). Processes share the
     batches; each batch has its own seed, so that the number of processes does not change the figures."""
@@ -344,7 +343,7 @@ def evaluate(model, cfg, x, device):
     for start in range(500 * RANK, len(x), 500 * WORLD):
         torch.manual_seed(seed_for("evaluate", start))
         batch = x[start : start + 500].to(device)
-        logits, mu, logvar = model(batch)
+        logits, mu, logvar = model.forward(batch)  # not model(batch), which would be compiled anew
         reconstruction = -log_likelihood(logits, batch, cfg.likelihood)
         rows[start : start + 500] = torch.stack([reconstruction, kl_divergence(mu, logvar)], 1)
     rows = all_sum(rows).cpu().double()
@@ -482,7 +481,7 @@ def one_line_errors():
     except (UserError, OSError, torch.OutOfMemoryError) as e:
         hint = "lower --batch_size: " if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", hint + " ".join(str(e).split()), file=sys.stderr, flush=True)
-        sys.exit(2) if WORLD == 1 else os._exit(2)  # NCCL's own end would wait for the other processes
+        sys.exit(2) if WORLD == 1 else os._exit(2)  # at once: closing NCCL would wait for the others
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Run.start replaces it
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

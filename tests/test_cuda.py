@@ -1,4 +1,4 @@
-"""The CUDA paths; on a machine without a GPU with CUDA tensors that have a shape, a type and a device, but no content.
+"""The CUDA paths, without a GPU: with CUDA tensors that have a shape, a type and a device, but no content. The last test needs one.
 
 A tensor on another device than the rest, a type that autocast on CUDA does not allow, and in a training step whatever makes the
 CPU wait for the GPU, raise an error. cuDNN's LSTM and the CTC loss are replaced; of the detector, whose boxes depend on content,

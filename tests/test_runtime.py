@@ -162,6 +162,11 @@ def test_an_error_does_not_wait_for_the_other_processes(monkeypatch):
         with pytest.raises((SystemExit, RuntimeError, KeyboardInterrupt)), module.one_line_errors():
             raise error
     assert ended == [True]
+    monkeypatch.setattr(module, "WORLD", 2)
+    monkeypatch.setattr(module.os, "_exit", ended.append)
+    with module.one_line_errors():
+        raise module.UserError
+    assert ended == [True, 2]
 
 
 def test_cuda_out_of_memory_is_one_line(refuses, monkeypatch):
